@@ -1,0 +1,1 @@
+"""pneumoscope: from a folder of chest X-rays to trained, measured and explained pneumonia classifiers."""

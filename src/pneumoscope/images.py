@@ -1,0 +1,229 @@
+"""Bytes to grey pixels: the only decoder and the only resizer, so that training and serving can never differ.
+
+Owns what a file's bytes mean as an image. Knows nothing of folders, labels or networks.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pneumoscope.errors import ImageError
+
+DECODER_VERSION = 1
+"""Raised whenever the same bytes could give other pixels; stores packed by another version are packed anew."""
+
+MAX_PIXELS = 100_000_000
+"""A larger picture is refused from its header, before a pixel of it is decoded."""
+
+MAX_ASPECT = 20
+_FORMATS = ("JPEG", "PNG")
+_NPY_MAGIC = b"\x93NUMPY"
+_FOREIGN = (  # what other files begin with, to name them instead of saying "unknown"
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"PK\x03\x04", "ZIP"),
+    (b"\x89HDF", "HDF5"),
+    (b"RIFF", "WebP"),
+    (b"MZ", "Windows program"),
+    (b"\x7fELF", "Linux program"),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its pixels are decoded.
+
+    Attributes
+    ----------
+    format : str
+        ``"JPEG"``, ``"PNG"`` or ``"NPY"`` (a row of an array archive).
+    width_px, height_px : int
+        Size after the EXIF orientation is applied.
+    frames : int
+        Number of pages; only the first is read.
+    """
+
+    format: str
+    width_px: int
+    height_px: int
+    frames: int
+
+
+def read_header(data: bytes) -> Header:
+    """Identify a file by its content, whatever its name says.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+
+    Returns
+    -------
+    Header
+
+    Raises
+    ------
+    ImageError
+        For empty, unsupported or unreadable files, and for pictures over `MAX_PIXELS` or with a side ratio over
+        `MAX_ASPECT`; ``reason`` is a few words for the Catalog.
+    """
+    if data.startswith(_NPY_MAGIC):
+        height, width = _read_npy(data).shape
+        return Header("NPY", int(width), int(height), 1)
+    with _opened(data) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientations that swap the sides
+            width, height = height, width
+        return Header(str(image.format), width, height, int(getattr(image, "n_frames", 1)))
+
+
+def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uint8]:
+    """Decode a file into grey pixels.
+
+    Colour becomes luma (ITU-R 601), transparency is laid over black, 16-bit is divided by 257, EXIF orientation is
+    applied, and of several pages the first is read.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    at_least_px : int, optional
+        Allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep at least this
+        many pixels (libjpeg scales in the frequency domain, which is itself antialiased).
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W)
+        0 is black, 255 white.
+
+    Raises
+    ------
+    ImageError
+        As `read_header`, and where the pixels are truncated or damaged: never a half-grey picture.
+    """
+    if data.startswith(_NPY_MAGIC):
+        return _read_npy(data)
+    with _opened(data) as image:
+        if at_least_px is not None and image.format == "JPEG":
+            image.draft("L", (at_least_px, at_least_px))
+        try:
+            image.load()
+            grey = _to_grey(ImageOps.exif_transpose(image))
+        except Image.DecompressionBombError as error:
+            raise ImageError("too large", "The picture has too many pixels to decode safely.") from error
+        except (OSError, SyntaxError, ValueError, IndexError) as error:
+            reason = "truncated" if "truncated" in str(error).lower() else "damaged"
+            raise ImageError(reason, f"The picture's data are {reason} ({error}).") from error
+    return np.asarray(grey, dtype=np.uint8)
+
+
+def resize(pixels: npt.NDArray[np.uint8], size_px: int) -> npt.NDArray[np.uint8]:
+    """Squash grey pixels into a square, antialiased.
+
+    Parameters
+    ----------
+    pixels : ndarray of uint8, shape (H, W)
+    size_px : int
+        Side of the result.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_px, size_px)
+        Bilinear with a support that grows with the reduction, so that no detail folds into false patterns.
+    """
+    if pixels.shape == (size_px, size_px):
+        return pixels
+    small = Image.fromarray(pixels).resize((size_px, size_px), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.uint8)
+
+
+def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
+    """Decode and resize in one step: what every model of this project is shown.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    size_px : int
+        Side of the result.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_px, size_px)
+
+    Raises
+    ------
+    ImageError
+        As `decode`.
+    """
+    return resize(decode(data, at_least_px=2 * size_px), size_px)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open bytes with Pillow under our limits; every failure becomes an ImageError with a named reason."""
+    if not data:
+        raise ImageError("empty file", "The file holds 0 bytes.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that the check below judges
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too large", "The picture has too many pixels to decode safely.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError(*_describe_foreign(data)) from error
+    with image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(
+                "too large", f"The picture is {width} x {height} pixels; at most {MAX_PIXELS:,} pixels are decoded."
+            )
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError("not a picture's shape", f"The picture is {width} x {height} pixels.")
+        yield image
+
+
+def _describe_foreign(data: bytes) -> tuple[str, str]:
+    if data[128:132] == b"DICM":
+        kind = "DICOM"
+    elif data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "damaged", "The file begins like a JPEG or PNG but its header is damaged."
+    else:
+        kind = next((name for magic, name in _FOREIGN if data.startswith(magic)), "")
+    if kind:
+        return f"unsupported format {kind}", f"The file is {kind}; JPEG and PNG are read."
+    return "not an image", "The file's content is not an image; JPEG and PNG are read."
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        wide = np.asarray(image, dtype=np.float64)
+        return Image.fromarray(np.clip(np.rint(wide / 257.0), 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return image.convert("L")
+
+
+def _read_npy(data: bytes) -> npt.NDArray[np.uint8]:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ImageError("damaged", f"The array cannot be read ({error}).") from error
+    if array.ndim == 3 and array.shape[2] in (1, 3):
+        array = array.mean(axis=2).round() if array.shape[2] == 3 else array[:, :, 0]
+    if array.ndim != 2 or array.size == 0 or array.size > MAX_PIXELS:
+        raise ImageError("not an image", f"The array has shape {array.shape}; (H, W) was expected.")
+    return np.ascontiguousarray(array, dtype=np.uint8)

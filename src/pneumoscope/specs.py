@@ -1,0 +1,412 @@
+"""The Spec: the frozen, validated description of a run. Presets, TOML in, TOML out, ``KEY=VALUE`` overrides.
+
+Owns every configuration key, its meaning, its default and its limits. Reads no data and builds no network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pneumoscope import _files
+from pneumoscope.errors import SpecError
+
+APPROACHES: tuple[str, ...] = ("cnn", "tl", "ft")
+"""The three ways to a model: from scratch, transfer learning, fine-tuning."""
+
+LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
+"""Label names; the index is the class: 0 and 1."""
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataSpec(_Part):
+    """Where labels come from.
+
+    Attributes
+    ----------
+    classes : dict of str to str
+        Folder name -> ``NORMAL`` or ``PNEUMONIA``, for folders that are not named so.
+    """
+
+    classes: dict[str, Literal["NORMAL", "PNEUMONIA"]] = Field(default_factory=dict)
+
+
+class SplitSpec(_Part):
+    """How training images are divided.
+
+    Attributes
+    ----------
+    by : {"group", "image"}
+        ``group`` never cuts a patient; ``image`` is the tutorial's split.
+    validation : float
+        Share of the training images, between 0 and 1.
+    test : float
+        Share held out for test where the data come without a test split, between 0 and 1.
+    """
+
+    by: Literal["group", "image"] = "group"
+    validation: Fraction = 0.2
+    test: Fraction = 0.15
+
+
+class ImageSpec(_Part):
+    """What the networks see.
+
+    Attributes
+    ----------
+    size_px : int
+        Side of the square that images are squashed to, 32 to 1024.
+    """
+
+    size_px: int = Field(default=224, ge=32, le=1024)
+
+
+class AugmentSpec(_Part):
+    """Random changes of training images, drawn anew for every image and epoch.
+
+    Attributes
+    ----------
+    zoom : float
+        Largest relative change of scale, the same in both directions: 0.1 is 90 % to 110 %.
+    translation : float
+        Largest shift as a share of the side, in each direction.
+    """
+
+    zoom: float = Field(default=0.0, ge=0, le=0.5)
+    translation: float = Field(default=0.0, ge=0, le=0.5)
+
+    @property
+    def active(self) -> bool:
+        """Whether any change is made at all."""
+        return self.zoom > 0 or self.translation > 0
+
+
+class BackboneSpec(_Part):
+    """The pretrained network behind ``tl`` and ``ft``.
+
+    Attributes
+    ----------
+    name : str
+        A name that `pneumoscope.backbones.BACKBONES` knows.
+    weights : str
+        ``imagenet``, a path to a weights file, or ``none`` for random weights.
+    scaling : {"native", "unit"}
+        ``native``: pixel values as the backbone was trained on; ``unit``: plain [0, 1].
+    """
+
+    name: str = "efficientnet_lite0"
+    weights: str = "imagenet"
+    scaling: Literal["native", "unit"] = "native"
+
+
+class TrainSpec(_Part):
+    """The schedule, shared by all approaches.
+
+    Attributes
+    ----------
+    epochs : int
+        Most epochs, 1 or more.
+    batch_size : int
+        Images in a step.
+    threads : int
+        CPU threads of the backend; 0 takes all cores. Another number can change results in the last digits.
+    class_weights : bool
+        Weigh each label by n / (2 n_label) in the loss.
+    patience : int
+        EarlyStopping: epochs without a better validation loss before training ends; the best weights are restored.
+    min_delta : float
+        EarlyStopping: a smaller gain does not count.
+    plateau_factor : float
+        The learning rate is multiplied by this ...
+    plateau_patience : int
+        ... after so many epochs without a better validation loss ...
+    plateau_min_delta : float
+        ... where a smaller gain does not count.
+    """
+
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    threads: int = Field(default=0, ge=0)
+    class_weights: bool = False
+    patience: int = Field(default=5, ge=1)
+    min_delta: float = Field(default=1e-7, ge=0)
+    plateau_factor: Fraction = 0.2
+    plateau_patience: int = Field(default=2, ge=1)
+    plateau_min_delta: float = Field(default=1e-7, ge=0)
+
+
+class FeaturesSpec(_Part):
+    """What is kept of the frozen part of a network.
+
+    Attributes
+    ----------
+    cache : bool
+        Compute the frozen part once per image and train on the stored outputs; ``false`` runs the whole network in
+        every step.
+    views : int
+        Augmented copies of each training image beside the clean one, one of them drawn in each epoch.
+    dtype : {"float16", "float32"}
+        Precision on disk.
+    """
+
+    cache: bool = True
+    views: int = Field(default=0, ge=0, le=64)
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class AuditSpec(_Part):
+    """Findings that shall not stop a run.
+
+    Attributes
+    ----------
+    allow : tuple of str
+        Names of findings.
+    """
+
+    allow: tuple[str, ...] = ()
+
+
+class CnnSpec(_Part):
+    """The network from scratch.
+
+    Attributes
+    ----------
+    layers : {"tutorial", "tiny"}
+        ``tutorial``: the three published blocks; ``tiny``: for tests.
+    learning_rate : float
+        Adam's.
+    momentum : float
+        Of the running means in BatchNormalization, between 0 and 1.
+    """
+
+    layers: Literal["tutorial", "tiny"] = "tutorial"
+    learning_rate: Rate = 3e-5
+    momentum: Fraction = 0.99
+
+
+class TlSpec(_Part):
+    """Transfer learning: a frozen backbone and a new head.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Adam's.
+    """
+
+    learning_rate: Rate = 5e-5
+
+
+class FtSpec(_Part):
+    """Fine-tuning: as transfer learning, and the backbone's last layers train too.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Adam's.
+    trainable_layers : int
+        How many of the backbone's layers train, counted from its end as ``pneumoscope models`` lists them.
+    """
+
+    learning_rate: Rate = 2e-6
+    trainable_layers: int = Field(default=13, ge=1)
+
+
+class Spec(_Part):
+    """The whole description of a run.
+
+    Attributes
+    ----------
+    preset : str
+        The preset it began as.
+    seed : int
+        Of the split, the initial weights, the order of images, augmentation and dropout.
+    models : tuple of {"cnn", "tl", "ft"}
+        The approaches to train, in this order.
+    data, split, image, augment, backbone, train, features, audit, cnn, tl, ft
+        The parts; see their classes.
+    """
+
+    preset: str = "default"
+    seed: int = Field(default=42, ge=0, lt=2**31)
+    models: tuple[Literal["cnn", "tl", "ft"], ...] = Field(default=("cnn", "tl", "ft"), min_length=1)
+    data: DataSpec = DataSpec()
+    split: SplitSpec = SplitSpec()
+    image: ImageSpec = ImageSpec()
+    augment: AugmentSpec = AugmentSpec()
+    backbone: BackboneSpec = BackboneSpec()
+    train: TrainSpec = TrainSpec()
+    features: FeaturesSpec = FeaturesSpec()
+    audit: AuditSpec = AuditSpec()
+    cnn: CnnSpec = CnnSpec()
+    tl: TlSpec = TlSpec()
+    ft: FtSpec = FtSpec()
+
+    @classmethod
+    def preset_named(cls, name: str = "default") -> Self:
+        """Return a preset.
+
+        Parameters
+        ----------
+        name : {"default", "tutorial", "smoke", "demo"}
+
+        Raises
+        ------
+        SpecError
+            For an unknown name.
+        """
+        if name not in PRESETS:
+            raise SpecError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        return cls._validated({"preset": name, **PRESETS[name]}, source=f"preset {name}")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a Spec; keys that the file leaves out come from the preset it names (else ``default``).
+
+        Raises
+        ------
+        SpecError
+            Where the file is missing, is not TOML, or holds an unknown key or a bad value.
+        """
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SpecError(f"There is no configuration file {path}; check the path.") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SpecError(f"{path} is not a TOML file ({error}); mend it or leave --config away.") from error
+        base = cls.preset_named(str(content.get("preset", "default")))
+        return base._merged(_flatten(content), source=str(path))
+
+    def with_overrides(self, assignments: Iterable[str]) -> Self:
+        """Return a Spec with ``KEY=VALUE`` assignments applied, as ``--set`` takes them.
+
+        Parameters
+        ----------
+        assignments : iterable of str
+            For example ``"train.epochs=3"``; values are TOML, and words without quotes are taken as text.
+
+        Raises
+        ------
+        SpecError
+            For an assignment without ``=``, an unknown key (the valid ones are listed) or a bad value.
+        """
+        changes: dict[str, Any] = {}
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise SpecError(f"--set {assignment!r} has no '='; write it as KEY=VALUE, for example train.epochs=3.")
+            changes[key.strip()] = _parse_value(text.strip())
+        return self._merged(changes, source="--set")
+
+    def to_toml(self) -> str:
+        """Return the Spec as TOML text that `from_toml` reads back to an equal Spec."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything in the Spec, 64 hexadecimal digits."""
+        return _files.hash_of(self.model_dump(mode="json"))
+
+    def _merged(self, changes: Mapping[str, Any], *, source: str) -> Self:
+        content = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _assign(content, key, value, source=source)
+        return type(self)._validated(content, source=source)
+
+    @classmethod
+    def _validated(cls, content: Mapping[str, Any], *, source: str) -> Self:
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise SpecError(
+                f"{source}: {key} = {first['input']!r} is not valid: "
+                f"{first['msg'][:1].lower()}{first['msg'][1:]}; change it."
+            ) from error
+
+
+def valid_keys() -> list[str]:
+    """Return every key that ``--set`` takes, sorted, for example ``"train.epochs"``."""
+    keys = _flatten(Spec().model_dump(mode="json"))
+    return [*sorted(key for key in keys if key not in ("preset", "data.classes")), "data.classes.FOLDER"]
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if isinstance(value, Mapping) and full != "data.classes":
+            flat |= _flatten(value, f"{full}.")
+        else:
+            flat[full] = value
+    return flat
+
+
+def _assign(content: dict[str, Any], key: str, value: Any, *, source: str) -> None:
+    if key.startswith("data.classes."):
+        content["data"]["classes"] = content["data"]["classes"] | {key.removeprefix("data.classes."): value}
+        return
+    *parents, last = key.split(".")
+    target: Any = content
+    for parent in parents:
+        target = target.get(parent) if isinstance(target, dict) else None
+    if not isinstance(target, dict) or last not in target or (isinstance(target[last], dict) and key != "data.classes"):
+        keys = valid_keys()
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SpecError(f"{source}: there is no key {key!r}; {hint}Valid keys: {', '.join(keys)}.")
+    if isinstance(target[last], list) and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    target[last] = value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_SMOKE: dict[str, Any] = {
+    "image": {"size_px": 64},
+    "train": {"epochs": 1, "batch_size": 16, "threads": 0},
+    "cnn": {"layers": "tiny", "learning_rate": 1e-3, "momentum": 0.9},
+    "tl": {"learning_rate": 1e-3},
+    "ft": {"learning_rate": 1e-4, "trainable_layers": 4},
+}
+
+_DEFAULT: dict[str, Any] = {
+    "cnn": {"learning_rate": 3e-4, "momentum": 0.9},
+    "tl": {"learning_rate": 5e-4},
+    "ft": {"learning_rate": 5e-5, "trainable_layers": 12},
+}
+
+PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "default": _DEFAULT,
+        "tutorial": {
+            "split": {"by": "image", "validation": 0.2},
+            "augment": {"zoom": 0.1, "translation": 0.1},
+            "backbone": {"name": "resnet152v2", "scaling": "unit"},
+            "train": {"epochs": 50},
+            "features": {"cache": False},
+            "audit": {"allow": ["group-across-validation"]},
+        },
+        "smoke": _SMOKE,
+        "demo": _DEFAULT | {"image": {"size_px": 128}, "train": {"epochs": 6}},
+    }
+)
+"""What each preset changes against the classes' defaults."""
