@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,7 +70,8 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        # file names may hold bytes that are not UTF-8; they are written as \udcXX, which JSON reads back
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
         with os.fdopen(handle, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
@@ -196,6 +198,13 @@ def require_space(folder: Path, needed_bytes: int, *, what: str) -> None:
         )
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    if not path.is_dir():
+        return path.lstat().st_size
+    return sum(entry.lstat().st_size for entry in path.rglob("*") if not entry.is_dir())
+
+
 def size_text(n_bytes: float) -> str:
     """Return a size for people, for example ``"12.3 MB"`` (powers of 1000)."""
     value = float(n_bytes)
@@ -256,13 +265,14 @@ def csv_cell(value: object) -> str:
     """Return the text of a CSV cell that no spreadsheet runs as a formula.
 
     Text that begins with ``= + - @``, a tab or a carriage return gets an apostrophe in front, as OWASP advises for
-    CSV injection; numbers stay as they are, floats in their shortest exact form.
+    CSV injection; numbers stay as they are, floats in their shortest exact form, NaN and ``None`` empty.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return ""
-    if not isinstance(value, str):
-        return repr(value) if isinstance(value, float) else str(value)
-    return "'" + value if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    if isinstance(value, Real):  # numpy's numbers are registered as such
+        return "" if math.isnan(value) else str(value)
+    text = str(value)
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -279,13 +289,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     Raises
     ------
     DataError
-        Where the file is missing or is not UTF-8 text.
+        Where the file is missing, is not UTF-8 text, or has a row with more cells than the header.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a UTF-8 CSV file ({error}); save it as CSV UTF-8.") from error
-    return [dict(row) for row in csv.DictReader(io.StringIO(text))]
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # where DictReader puts the cells that no column is named for
+            raise DataError(
+                f"{path}: row {number} has more cells than the header; mend it, or quote cells with commas."
+            )
+    return rows
 
 
 def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -302,22 +317,24 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Raises
     ------
     StoreError
-        Where the place cannot be written.
+        Where the place cannot be written or is full.
     """
+    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write to {target.parent}: {error.strerror or error}; "
-            "set PNEUMOSCOPE_CACHE to a folder you may write to."
-        ) from error
-    try:
         fill(temporary)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only, a cache may be shared
         try:
             os.replace(temporary, target)
         except OSError:
             if not target.exists():
                 raise
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write {target}: {error.strerror or error}; "
+            "free space, or set PNEUMOSCOPE_CACHE to a folder you may write to."
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

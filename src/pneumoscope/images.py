@@ -6,14 +6,17 @@ Owns what a file's bytes mean as an image. Knows nothing of folders, labels or n
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from pneumoscope.errors import ImageError
 
@@ -25,6 +28,18 @@ MAX_PIXELS = 100_000_000
 
 MAX_ASPECT = 20
 _FORMATS = ("JPEG", "PNG")
+# What Pillow raises on damaged bytes, found by changing bytes at random; MemoryError is not the file's fault.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 _NPY_MAGIC = b"\x93NUMPY"
 _FOREIGN = (  # what other files begin with, to name them instead of saying "unknown"
     (b"%PDF", "PDF"),
@@ -86,7 +101,8 @@ def read_header(data: bytes) -> Header:
         width, height = image.size
         if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientations that swap the sides
             width, height = height, width
-        return Header(str(image.format), width, height, int(getattr(image, "n_frames", 1)))
+        format = "PNG" if image.format == "PNG" else "JPEG"  # Pillow calls a JPEG of several pages MPO
+        return Header(format, width, height, int(getattr(image, "n_frames", 1)))
 
 
 def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uint8]:
@@ -118,15 +134,8 @@ def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uin
     with _opened(data) as image:
         if at_least_px is not None and image.format == "JPEG":
             image.draft("L", (at_least_px, at_least_px))
-        try:
-            image.load()
-            grey = _to_grey(ImageOps.exif_transpose(image))
-        except Image.DecompressionBombError as error:
-            raise ImageError("too large", "The picture has too many pixels to decode safely.") from error
-        except (OSError, SyntaxError, ValueError, IndexError) as error:
-            reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-            raise ImageError(reason, f"The picture's data are {reason} ({error}).") from error
-    return np.asarray(grey, dtype=np.uint8)
+        image.load()
+        return np.asarray(_to_grey(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
 def resize(pixels: npt.NDArray[np.uint8], size_px: int) -> npt.NDArray[np.uint8]:
@@ -173,26 +182,36 @@ def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open bytes with Pillow under our limits; every failure becomes an ImageError with a named reason."""
+    """Open bytes with Pillow under our limits; every failure, also while in use, becomes an ImageError."""
     if not data:
         raise ImageError("empty file", "The file holds 0 bytes.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the check below judges
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, judged below, and of EXIF data that nobody needs
+        try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageError("too large", "The picture has too many pixels to decode safely.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageError(*_describe_foreign(data)) from error
-    with image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(
-                "too large", f"The picture is {width} x {height} pixels; at most {MAX_PIXELS:,} pixels are decoded."
-            )
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ImageError("not a picture's shape", f"The picture is {width} x {height} pixels.")
-        yield image
+        except Image.DecompressionBombError as error:
+            raise ImageError("too large", f"The picture is over {MAX_PIXELS:,} pixels by far ({error}).") from error
+        except _DAMAGE as error:
+            raise ImageError(*_describe_foreign(data)) from error
+        with image:
+            _require_sane_shape(*image.size)
+            try:
+                yield image
+            except _DAMAGE as error:
+                reason = "truncated" if "truncated" in str(error).lower() else "damaged"
+                raise ImageError(reason, f"The picture's data are {reason} ({error}).") from error
+
+
+def _require_sane_shape(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            "too large", f"The picture is {width} x {height} pixels; at most {MAX_PIXELS:,} pixels are decoded."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            "not a picture's shape",
+            f"The picture is {width} x {height} pixels; one side is over {MAX_ASPECT} times the other.",
+        )
 
 
 def _describe_foreign(data: bytes) -> tuple[str, str]:
@@ -218,12 +237,19 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _read_npy(data: bytes) -> npt.NDArray[np.uint8]:
+    stream = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("NPY version 1.0 was expected")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        _require_grey_array(shape, dtype)  # before numpy makes room for whatever the header claims
+        pixels = np.frombuffer(stream.read(), dtype=np.uint8)
+        return np.ascontiguousarray(pixels.reshape(shape[:2], order="F" if fortran else "C"))
+    except _DAMAGE as error:
         raise ImageError("damaged", f"The array cannot be read ({error}).") from error
-    if array.ndim == 3 and array.shape[2] in (1, 3):
-        array = array.mean(axis=2).round() if array.shape[2] == 3 else array[:, :, 0]
-    if array.ndim != 2 or array.size == 0 or array.size > MAX_PIXELS:
-        raise ImageError("not an image", f"The array has shape {array.shape}; (H, W) was expected.")
-    return np.ascontiguousarray(array, dtype=np.uint8)
+
+
+def _require_grey_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if dtype != np.uint8 or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1) or 0 in shape:
+        raise ImageError("not an image", f"The array is {dtype} of shape {shape}; uint8 of shape (H, W) was expected.")
+    _require_sane_shape(shape[1], shape[0])

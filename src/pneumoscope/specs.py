@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pneumoscope import _files
 from pneumoscope.errors import SpecError
@@ -29,7 +29,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataSpec(_Part):
@@ -234,7 +234,7 @@ class Spec(_Part):
     seed : int
         Of the split, the initial weights, the order of images, augmentation and dropout.
     models : tuple of {"cnn", "tl", "ft"}
-        The approaches to train, in this order.
+        The approaches to train, in this order, each once.
     data, split, image, augment, backbone, train, features, audit, cnn, tl, ft
         The parts; see their classes.
     """
@@ -253,6 +253,13 @@ class Spec(_Part):
     cnn: CnnSpec = CnnSpec()
     tl: TlSpec = TlSpec()
     ft: FtSpec = FtSpec()
+
+    @field_validator("models")
+    @classmethod
+    def _each_once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(models)) < len(models):
+            raise ValueError("each approach can be named once")
+        return models
 
     @classmethod
     def preset_named(cls, name: str = "default") -> Self:
@@ -307,6 +314,8 @@ class Spec(_Part):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise SpecError(f"--set {assignment!r} has no '='; write it as KEY=VALUE, for example train.epochs=3.")
+            if key.strip() == "preset":
+                raise SpecError(f"--set cannot change the preset; write --preset {text.strip()} instead.")
             changes[key.strip()] = _parse_value(text.strip())
         return self._merged(changes, source="--set")
 

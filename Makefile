@@ -1,0 +1,61 @@
+# Two commands do everything on a machine with Python and make: `make demo` and `make test`.
+# Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+# -qq: errors only; the versions are in constraints.txt, so there is nothing else to read.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-input -c constraints.txt
+PINS := pyproject.toml constraints.txt
+
+.PHONY: help demo test test-slow clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install and run the main job on synthetic data (a few minutes)"
+	@echo "make test       install what tests need; format, lint, types, fast tests"
+	@echo "make test-slow  also torch and JAX (large); the slow tests"
+	@echo "make clean      remove the environment and the tools' caches; results stay"
+
+demo: $(VENV)/.runs
+	$(BIN)/pneumoscope demo --output $(DEMO)
+	@echo "The result is in $(DEMO)"
+
+test: $(VENV)/.tests
+	scripts/check
+
+# pytest ends with 5 where it found no test: said, and not a failure.
+test-slow: $(VENV)/.tests-slow
+	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "There is no slow test yet."; }
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts notebooks benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is remade when the pins change; pip then changes only what differs.
+$(VENV)/.runs: $(BIN)/python $(PINS)
+	@echo "Installing pneumoscope into $(VENV) (about 2 GB; minutes on a first run) ..."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.tests: $(BIN)/python $(PINS)
+	@echo "Installing pneumoscope and what its tests need into $(VENV) (about 2 GB; minutes on a first run) ..."
+	@$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.runs
+
+# The registry's torch for Linux brings gigabytes of CUDA along; where a CPU build is at hand, name its place in
+# PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL and pip prefers it: 2.13.0+cpu fits the pin 2.13.0.
+$(VENV)/.tests-slow: $(VENV)/.tests
+	@echo "Installing torch and JAX into $(VENV) ..."
+	@$(INSTALL) -e '.[dev,jax,torch]'
+	@touch $@
+
+# Order matters: a half-made environment is removed, so that the next call does not take it for a whole one.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here; install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("$(PYTHON) is Python %d.%d; 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) comes without venv; install it (on Debian and Ubuntu: apt-get install python3-venv) and run make again." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,345 @@
+"""The command line: one thin verb per function. Says errors in one sentence and turns them into exit statuses.
+
+Owns arguments and help texts. Every verb's work is done by a function that a notebook can call as well; those modules
+load inside the verbs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from pneumoscope import _files
+from pneumoscope.errors import PneumoscopeError, UsageError
+from pneumoscope.specs import APPROACHES, Spec
+
+if TYPE_CHECKING:
+    from pneumoscope.narration import Narration
+
+app = typer.Typer(
+    name="pneumoscope",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "From a folder of chest X-rays to trained, measured and explained pneumonia classifiers. "
+        "Start with 'pneumoscope demo', then 'pneumoscope run DATA -o RUN'. "
+        "For research; not a medical device."
+    ),
+)
+fetch_app = typer.Typer(no_args_is_help=True, help="Download what a run needs: the only verb that uses the network.")
+app.add_typer(fetch_app, name="fetch")
+
+Data = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder with train/ and test/ (Kaggle), class folders NORMAL/ and PNEUMONIA/, a .zip of those, "
+        "a .csv with the columns path,label[,split,group], or a MedMNIST .npz.",
+    ),
+]
+Preset = Annotated[
+    str, typer.Option(help="Where the settings begin: default, tutorial (the published procedure), smoke (for tests).")
+]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with settings, such as a run's spec.toml.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=3; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON event per line instead of text.")]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 bad data or result, 2 wrong call, 75 stopped and resumable."""
+    try:
+        app(standalone_mode=True)
+    except PneumoscopeError as error:
+        print(f"pneumoscope: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("pneumoscope: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as with "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"pneumoscope {version('pneumoscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run directory.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Make synthetic X-rays and do the whole job on them: offline, a few minutes on two cores."""
+    from pneumoscope import phantom, pipeline
+
+    spec = Spec.preset_named("demo")
+    data = phantom.write_dataset(_files.cache_dir() / "demo-images")
+    if output.exists() and (output / "manifest.json").exists():
+        shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier run directory is removed
+    voice = _voice(as_json)
+    with _stopping() as stop:
+        pipeline.run(spec, data, output, narration=voice, stop=stop)
+
+
+@app.command()
+def run(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run directory to make.")],
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    models: Annotated[
+        str | None, typer.Option(help=f"Which approaches, separated by commas: {','.join(APPROACHES)}.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run; starts fresh where there is nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train every approach on DATA, measure it on validation and test, and leave figures, tables and models.
+
+    Example: pneumoscope run chest_xray -o runs/first --models tl --set train.epochs=3
+    """
+    spec = _spec(preset, config, settings, models)
+    from pneumoscope import pipeline
+
+    with _stopping() as stop:
+        pipeline.run(spec, data, output, resume=resume, narration=_voice(as_json), stop=stop)
+
+
+@app.command()
+def inspect(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and the list of images go.")],
+    preset: Preset = "default",
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Look at the images without training: counts, sample grids, class distributions."""
+    spec = _spec(preset, None, settings, None)
+    from pneumoscope import pipeline
+
+    pipeline.inspect(data, output, spec=spec, narration=_voice(as_json))
+
+
+@app.command()
+def pack(
+    data: Data,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the store; the cache where not given.")
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Decode and resize every image once, ahead of a run."""
+    spec = _spec("default", None, settings, None)
+    from pneumoscope.catalog import Catalog
+    from pneumoscope.store import ImageStore
+
+    voice = _voice(as_json)
+    with voice.stage(f"Reading {data}"), voice.bar("files", unit="files") as progress:
+        catalog = Catalog.scan(data, classes=spec.data.classes, progress=progress)
+    with voice.stage("Packing the images"), voice.bar("images") as progress:
+        store = ImageStore.pack(catalog, size_px=spec.image.size_px, cache=output, progress=progress)
+    voice.event(
+        "packed",
+        f"{len(store.image_ids):,} distinct images of {store.size_px} x {store.size_px} pixels are in {store.folder}"
+        + (f"; {len(store.rejected)} could not be decoded." if store.rejected else "."),
+        folder=store.folder,
+        images=len(store.image_ids),
+        rejected=store.rejected,
+    )
+
+
+@app.command()
+def models(
+    model: Annotated[
+        str | None, typer.Option("--model", help=f"List every layer of one: {', '.join(APPROACHES)}.")
+    ] = None,
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Show the approaches; with --model, every layer's number, name, output shape, parameters and whether it trains."""
+    spec = _spec(preset, config, settings, model)
+    from pneumoscope import _backend
+
+    _backend.prepare(threads=spec.train.threads)
+    from pneumoscope import models as networks
+    from pneumoscope.pipeline import TITLES
+
+    voice = _voice(as_json)
+    if model is not None:
+        network = networks.build(model, spec)
+        rows = [
+            [str(r.number), r.name, r.kind, r.output_shape, f"{r.parameters:,}", "yes" if r.trainable else "no"]
+            for r in networks.listing(network)
+        ]
+        voice.table(
+            f"{model} ({TITLES[model]}), preset {preset}",
+            ["number", "name", "kind", "output", "parameters", "trains"],
+            rows,
+        )
+        voice.say(
+            f"{networks.count_parameters(network):,} parameters, "
+            f"{networks.count_parameters(network, trainable_only=True):,} of them train; "
+            f"the frozen part ends at {networks.cut(network) or 'no layer: everything trains'}."
+        )
+        return
+    rows = []
+    for name in spec.models:
+        network = networks.build(name, spec)
+        total, trains = networks.count_parameters(network), networks.count_parameters(network, trainable_only=True)
+        backbone = "-" if name == "cnn" else spec.backbone.name
+        rows.append([name, TITLES[name], backbone, f"{total:,}", f"{trains:,}", str(networks.cut(network) or "-")])
+    voice.table(f"Approaches, preset {preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    data: Annotated[Path | None, typer.Option(help="Other labelled images to score instead of the run's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run's models again, on its own images or, with --data, on others."""
+    from pneumoscope import pipeline
+    from pneumoscope.runs import Run
+
+    voice = _voice(as_json)
+    path = pipeline.evaluate_run(Run.open(folder), data=data, narration=voice)
+    voice.event("evaluated", f"Written to {path}.", path=path)
+
+
+@fetch_app.command("weights")
+def fetch_weights(
+    names: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="For example resnet152v2.")],
+    as_json: Json = False,
+) -> None:
+    """Download ImageNet weights of backbones into the cache, with progress and checksum."""
+    from pneumoscope import backbones
+
+    voice = _voice(as_json)
+    for name in names:
+        with voice.bar(name, unit="bytes") as progress:
+            path = backbones.fetch_weights(name, progress=progress)
+        voice.event("fetched", f"{name}: {path}", name=name, path=path)
+
+
+@app.command()
+def cache(
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Delete packed images, features and unfinished files; weights stay.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --clean: delete weights as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is stored and how big it is; --clean deletes what can be made again."""
+    voice, root = _voice(as_json), _files.cache_dir()
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    rows = [[entry.name, _files.size_text(_files.size_of(entry))] for entry in entries]
+    total = sum(_files.size_of(entry) for entry in entries)
+    voice.table(f"Cache in {root}: {_files.size_text(total)}", ["entry", "size"], rows)
+    if not clean:
+        return
+    going = [
+        entry for entry in entries if everything or entry.name.lstrip(".").startswith(("images-", "features-", "demo-"))
+    ]
+    freed = sum(_files.size_of(entry) for entry in going)
+    for entry in going:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    voice.event("cleaned", f"Deleted {len(going)} entries, {_files.size_text(freed)}.", entries=len(going), freed=freed)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do: backends, devices, weights, space."""
+    from pneumoscope import _backend
+
+    _backend.prepare()
+    from pneumoscope import backbones
+
+    voice, machine = _voice(as_json), _backend.describe()
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    voice.say(f"Backend: {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads ({versions}).")
+    rows = [
+        [name, str(backbones.weights_path(name) or f"missing: pneumoscope fetch weights {name}")]
+        for name in backbones.BACKBONES
+    ]
+    voice.table("ImageNet weights", ["backbone", "where"], rows)
+    root = _files.cache_dir()
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE: set PNEUMOSCOPE_CACHE"
+    voice.say(f"Cache: {root}, {_files.size_text(free)} free, {writable}.")
+
+
+def _spec(preset: str, config: Path | None, settings: list[str] | None, models: str | None) -> Spec:
+    spec = Spec.from_toml(config) if config is not None else Spec.preset_named(preset)
+    if models is not None:
+        names = [name.strip() for name in models.split(",") if name.strip()]
+        unknown = [name for name in names if name not in APPROACHES]
+        if unknown or not names:
+            raise UsageError(
+                f"There is no approach {unknown[0] if unknown else ''!r}; choose from {', '.join(APPROACHES)}."
+            )
+        spec = spec.with_overrides([f"models={json.dumps(names)}"])
+    return spec.with_overrides(settings or [])
+
+
+def _voice(as_json: bool) -> Narration:
+    from pneumoscope.narration import Narration
+
+    return Narration("json" if as_json else None)
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and the first Ctrl-C into a wish to stop after this step; a second Ctrl-C interrupts at once."""
+    wished = False
+
+    def wish(number: int, _: FrameType | None) -> None:
+        nonlocal wished
+        if wished and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        wished = True
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Scores from trained models: load one safely, run it over packed images.
+
+A model is rebuilt from its own Spec and only its weight arrays are read from the file: nothing in a file is ever run.
+Knows nothing of thresholds or figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from pneumoscope import models
+from pneumoscope.errors import RunError
+from pneumoscope.predictions import Predictions
+from pneumoscope.specs import Spec
+from pneumoscope.store import ImageStore
+
+
+def load_model(path: Path, *, approach: str, spec: Spec) -> models.Model:
+    """Load a trained model.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.keras`` file that a run wrote.
+    approach : {"cnn", "tl", "ft"}
+        What it is.
+    spec : Spec
+        What it was made with.
+
+    Returns
+    -------
+    keras.Model
+
+    Raises
+    ------
+    RunError
+        Where the file is missing, damaged, or does not fit the Spec.
+    """
+    bare = spec.model_copy(update={"backbone": spec.backbone.model_copy(update={"weights": "none"})})
+    model = models.build(approach, bare)
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RunError(
+            f"The model {path} cannot be loaded ({reason}); train it again, or give the run it came from."
+        ) from error
+    return model
+
+
+def score(
+    model: models.Model,
+    store: ImageStore,
+    rows: pd.DataFrame,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Score packed images, each once.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `load_model` or `models.build`.
+    store : ImageStore
+        Holds the images.
+    rows : DataFrame
+        A Catalog's rows.
+    batch_size : int
+        Images in a step.
+    progress : callable, optional
+        Called with (done, total) images.
+
+    Returns
+    -------
+    Predictions
+        In the order of `rows`.
+
+    Raises
+    ------
+    StoreError
+        Where an image is not in the store.
+    """
+    where = store.rows_of(rows)
+    model.compile(jit_compile=models.compiles())
+
+    def fetch(positions: slice) -> object:
+        if progress is not None:
+            progress(positions.stop, len(where))
+        return store.images[where[positions], ..., None]
+
+    return Predictions.of(rows, models.scores(model, fetch, len(where), batch_size=batch_size))

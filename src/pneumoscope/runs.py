@@ -1,0 +1,196 @@
+"""The Run: a directory that holds everything one run made. This class knows all its file names, and nobody else does.
+
+Owns paths, the manifest and the status. Knows nothing of how any file's content comes about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pneumoscope import _files
+from pneumoscope.errors import RunError
+from pneumoscope.specs import Spec
+
+Status = Literal["running", "stopped", "failed", "finished"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it lies.
+    """
+
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path, *, resume: bool = False) -> Self:
+        """Make a run directory, or take up an earlier one.
+
+        Parameters
+        ----------
+        folder : Path
+            New, empty, or, with `resume`, one that an earlier run left.
+        resume : bool
+            Go on with what is there; starts fresh where there is nothing.
+
+        Returns
+        -------
+        Run
+
+        Raises
+        ------
+        RunError
+            Where the folder cannot be written, holds a run and `resume` is false, or holds something else.
+        """
+        run = cls(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            content = sorted(entry.name for entry in folder.iterdir())
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunError(
+                f"Cannot write the run to {folder}: {error.strerror or error}; "
+                "choose a folder you may write to with -o."
+            ) from error
+        if content and not run.manifest_path.exists():
+            raise RunError(
+                f"{folder} is not empty and holds no run (found {content[0]!r}); choose a new folder with -o."
+            )
+        if content and not resume:
+            raise RunError(
+                f"{folder} already holds a run ({run.status}); go on with --resume, or choose a new folder with -o."
+            )
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a run directory for reading.
+
+        Parameters
+        ----------
+        folder : Path
+            As `create` made it.
+
+        Returns
+        -------
+        Run
+
+        Raises
+        ------
+        RunError
+            Where it is not a run.
+        """
+        run = cls(folder)
+        if not run.manifest_path.exists():
+            raise RunError(
+                f"{folder} is not a run directory (it holds no manifest.json); give the folder that -o named."
+            )
+        return run
+
+    @property
+    def spec_path(self) -> Path:
+        """The Spec as TOML."""
+        return self.folder / "spec.toml"
+
+    @property
+    def manifest_path(self) -> Path:
+        """Status, versions, data, stages."""
+        return self.folder / "manifest.json"
+
+    @property
+    def catalog_path(self) -> Path:
+        """The Catalog with its split."""
+        return self.folder / "catalog.csv"
+
+    @property
+    def log_path(self) -> Path:
+        """Everything that was said, with times."""
+        return self.folder / "run.log"
+
+    @property
+    def metrics_path(self) -> Path:
+        """All figures as JSON."""
+        return self.folder / "metrics.json"
+
+    @property
+    def metrics_csv_path(self) -> Path:
+        """All figures as one long table."""
+        return self.folder / "metrics.csv"
+
+    def model_path(self, model: str) -> Path:
+        """Return where an approach's trained model lies."""
+        return self.folder / "models" / f"{model}.keras"
+
+    def checkpoint_path(self, model: str) -> Path:
+        """Return where an unfinished training keeps its state."""
+        return self.folder / "checkpoints" / f"{model}.npz"
+
+    def table_path(self, model: str, name: str) -> Path:
+        """Return where a table lies.
+
+        Parameters
+        ----------
+        model : {"cnn", "tl", "ft"}
+            The approach.
+        name : str
+            ``accuracy_per_epoch``, ``loss_per_epoch``, ``validation_yscores``, ``test_yscores``, ``validation_roc`` or
+            ``test_roc``.
+
+        Returns
+        -------
+        Path
+        """
+        return self.folder / "tables" / f"{model}_{name}.csv"
+
+    def figure_path(self, name: str) -> Path:
+        """Return where a figure lies, by its name without ``.png``."""
+        return self.folder / "figures" / f"{name}.png"
+
+    def read_spec(self) -> Spec:
+        """Return the Spec it was made with.
+
+        Returns
+        -------
+        Spec
+
+        Raises
+        ------
+        SpecError
+            Where the file is missing or damaged.
+        """
+        return Spec.from_toml(self.spec_path)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest; empty where there is none yet."""
+        return _files.read_json(self.manifest_path) if self.manifest_path.exists() else {}
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Write the manifest with some keys changed."""
+        content = self.read_manifest() | changes
+        content.pop("schema_version", None)
+        _files.write_json(self.manifest_path, content)
+
+    @property
+    def status(self) -> str:
+        """``running``, ``stopped``, ``failed`` or ``finished``; ``new`` where nothing was written."""
+        return str(self.read_manifest().get("status", "new"))
+
+    def trained(self) -> list[str]:
+        """Return the approaches whose models are here, in the Spec's order."""
+        return [model for model in self.read_spec().models if self.model_path(model).exists()]
+
+    def discard_checkpoints(self) -> None:
+        """Remove the states of trainings that have ended."""
+        folder = self.folder / "checkpoints"
+        if folder.exists():
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()

@@ -1,0 +1,219 @@
+"""The ImageStore: every image of a Catalog decoded and resized once, kept as one memory-mapped array.
+
+Owns the folder layout and what makes a store valid. Knows nothing of labels, splits or networks.
+
+A store is a folder in the cache named for what went into it::
+
+    images-<key>/images.npy      uint8 (N, size_px, size_px)
+                 manifest.json   written last: key, size, decoder, image_id per row, rejected images and why
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pneumoscope import _files, images
+from pneumoscope._backend import available_cores
+from pneumoscope.catalog import Catalog
+from pneumoscope.errors import ImageError, StoreError
+
+_BLOCK = 64  # images between two reports of progress
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Packed images.
+
+    Attributes
+    ----------
+    folder : Path
+        Where the store lies.
+    images : ndarray of uint8, shape (N, size_px, size_px)
+        Memory-mapped, read only; 0 is black.
+    image_ids : ndarray of str, shape (N,)
+        Which image each row is; sorted.
+    rejected : dict of str to str
+        image_id -> reason, for files that could not be decoded.
+    key : str
+        Hash of the contents' ids, the size and the decoder's version.
+    """
+
+    folder: Path
+    images: npt.NDArray[np.uint8]
+    image_ids: npt.NDArray[np.str_]
+    rejected: dict[str, str]
+    key: str
+
+    @classmethod
+    def pack(
+        cls, catalog: Catalog, *, size_px: int, cache: Path | None = None, progress: Progress | None = None
+    ) -> Self:
+        """Decode and resize every usable image of a Catalog, or open the store that already holds them.
+
+        Parameters
+        ----------
+        catalog : Catalog
+            Images with the same content are packed once.
+        size_px : int
+            Side of the square.
+        cache : Path, optional
+            Folder for stores; the user's cache where not given.
+        progress : callable, optional
+            Called with (done, total) images.
+
+        Returns
+        -------
+        ImageStore
+            Images that could not be decoded are in `rejected`; pass it to `Catalog.quarantine`.
+
+        Raises
+        ------
+        StoreError
+            Where there is too little space, the cache cannot be written, or a file changed since it was listed.
+        """
+        usable = catalog.rows().drop_duplicates("image_id").sort_values("image_id", kind="stable")
+        ids, paths = usable["image_id"].tolist(), usable["path"].tolist()
+        content = {"image_ids": ids, "size_px": size_px, "decoder": images.DECODER_VERSION}
+        key = _files.hash_of(content)[:16]
+        folder = (cache or _files.cache_dir()) / f"images-{key}"
+        if not (folder / "manifest.json").exists():
+            _files.require_space(folder.parent, len(ids) * size_px**2, what="Packing the images")
+
+            def fill(target: Path) -> None:
+                _fill(target, catalog, ids, paths, size_px=size_px, key=key, progress=progress)
+
+            _files.build_folder(folder, fill)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a packed store.
+
+        Parameters
+        ----------
+        folder : Path
+            As `pack` made it.
+
+        Returns
+        -------
+        ImageStore
+
+        Raises
+        ------
+        StoreError
+            Where it is unfinished, damaged, or made by another decoder.
+        """
+        manifest = _files.read_json(folder / "manifest.json")
+        if manifest["decoder"] != images.DECODER_VERSION:
+            raise StoreError(
+                f"{folder} was packed by decoder {manifest['decoder']}, this is {images.DECODER_VERSION}; "
+                "pack the images again."
+            )
+        try:
+            array = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{folder} is damaged ({error}); delete it and pack again.") from error
+        shape = (len(manifest["image_ids"]), manifest["size_px"], manifest["size_px"])
+        if array.shape != shape or array.dtype != np.uint8:
+            raise StoreError(f"{folder} holds {array.shape} where {shape} belongs; delete it and pack again.")
+        return cls(folder, array, np.asarray(manifest["image_ids"]), dict(manifest["rejected"]), str(manifest["key"]))
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square images."""
+        return int(self.images.shape[1])
+
+    def rows_of(self, table: pd.DataFrame) -> npt.NDArray[np.intp]:
+        """Find the rows of a Catalog's images.
+
+        Parameters
+        ----------
+        table : DataFrame
+            With the column ``image_id``, for example `Catalog.rows`.
+
+        Returns
+        -------
+        ndarray of intp, shape (n,)
+
+        Raises
+        ------
+        StoreError
+            Where an image is not in this store.
+        """
+        wanted = table["image_id"].to_numpy(dtype=str)
+        if not len(self.image_ids):
+            raise StoreError(f"{self.folder} holds no image; pack the images again.")
+        rows = np.minimum(np.searchsorted(self.image_ids, wanted), len(self.image_ids) - 1)
+        missing = self.image_ids[rows] != wanted
+        if missing.any():
+            raise StoreError(
+                f"{int(missing.sum())} of {len(wanted)} images are not in {self.folder}; pack this set of images first."
+            )
+        return rows
+
+
+def _fill(
+    target: Path,
+    catalog: Catalog,
+    ids: list[str],
+    paths: list[str],
+    *,
+    size_px: int,
+    key: str,
+    progress: Progress | None,
+) -> None:
+    """Write a store's files into `target`, the manifest last; rows of undecodable images are left out."""
+    temporary = target / "all.npy"
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(max(len(ids), 1), size_px, size_px))
+    rejected: dict[str, str] = {}
+
+    def work(row: int) -> None:
+        data = catalog.read_bytes(paths[row])
+        if not _files.sha256_of(data).startswith(ids[row]):
+            raise StoreError(f"{paths[row]} changed while it was read; wait until it is complete and run again.")
+        try:
+            array[row] = images.load(data, size_px)
+        except ImageError as error:
+            rejected[ids[row]] = error.reason
+
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+        for start in range(0, len(ids), _BLOCK):  # a block at a time, so that memory does not grow with the data
+            for _ in pool.map(work, range(start, min(start + _BLOCK, len(ids)))):
+                pass
+            if progress is not None:
+                progress(min(start + _BLOCK, len(ids)), len(ids))
+    kept = [row for row, image_id in enumerate(ids) if image_id not in rejected]
+    if len(kept) < len(array):  # rare: copy the good rows together
+        good = np.lib.format.open_memmap(
+            target / "good.npy", mode="w+", dtype=np.uint8, shape=(len(kept), size_px, size_px)
+        )
+        for new, old in enumerate(kept):
+            good[new] = array[old]
+        good.flush()
+        os.replace(target / "good.npy", temporary)
+    else:
+        array.flush()
+    os.replace(temporary, target / "images.npy")
+    _files.write_json(
+        target / "manifest.json",
+        {
+            "kind": "images",
+            "key": key,
+            "size_px": size_px,
+            "decoder": images.DECODER_VERSION,
+            "image_ids": [ids[row] for row in kept],
+            "rejected": rejected,
+        },
+    )

@@ -1,0 +1,479 @@
+"""Training: one loop for every approach, whose whole state can be written down and taken up again exactly.
+
+Owns the order of images, the schedule (early stopping, learning rate) and the checkpoint. The order of images and every
+random change of them are pure functions of (seed, epoch), so a resumed run sees what an uninterrupted one sees. Knows
+nothing of run directories, figures or test data.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pneumoscope import _files, features, metrics, models
+from pneumoscope._backend import keras
+from pneumoscope.catalog import Catalog
+from pneumoscope.errors import RunError, StoppedEarly
+from pneumoscope.specs import AugmentSpec, Spec, TrainSpec
+from pneumoscope.store import ImageStore
+
+HISTORY_COLUMNS: tuple[str, ...] = (
+    "epoch",
+    "train_accuracy",
+    "val_accuracy",
+    "train_loss",
+    "val_loss",
+    "learning_rate",
+    "seconds",
+)
+
+Labels = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.intp] | slice
+
+
+@dataclass(frozen=True)
+class History:
+    """What one training did.
+
+    Attributes
+    ----------
+    epochs : DataFrame
+        One row per epoch: ``epoch`` (from 1), ``train_accuracy``, ``val_accuracy`` (in [0, 1], at threshold 0.5),
+        ``train_loss``, ``val_loss`` (binary cross-entropy in nats), ``learning_rate``, ``seconds``.
+    best_epoch : int
+        The epoch whose weights the model holds, the one with the lowest ``val_loss``.
+    stopped_early : bool
+        Whether early stopping ended it before the last epoch.
+    """
+
+    epochs: pd.DataFrame
+    best_epoch: int
+    stopped_early: bool
+
+
+@dataclass
+class Schedule:
+    """EarlyStopping and ReduceLROnPlateau on the validation loss, as Keras defines them, with nothing hidden.
+
+    Attributes
+    ----------
+    learning_rate : float
+        In force.
+    best_loss, best_epoch, wait
+        EarlyStopping's.
+    plateau_loss, plateau_wait
+        ReduceLROnPlateau's.
+    """
+
+    learning_rate: float
+    best_loss: float = float("inf")
+    best_epoch: int = 0
+    wait: int = 0
+    plateau_loss: float = float("inf")
+    plateau_wait: int = 0
+
+    def update(self, val_loss: float, *, epoch: int, spec: TrainSpec) -> bool:
+        """Take in one epoch's validation loss.
+
+        Parameters
+        ----------
+        val_loss : float
+            In nats; a NaN is never an improvement.
+        epoch : int
+            From 1.
+        spec : TrainSpec
+            Patience, smallest gains and the factor.
+
+        Returns
+        -------
+        bool
+            Whether this epoch is the best so far. `exhausted` tells whether to stop.
+        """
+        improved = val_loss < self.best_loss - spec.min_delta
+        if improved:
+            self.best_loss, self.best_epoch, self.wait = val_loss, epoch, 0
+        else:
+            self.wait += 1
+        if val_loss < self.plateau_loss - spec.plateau_min_delta:
+            self.plateau_loss, self.plateau_wait = val_loss, 0
+        else:
+            self.plateau_wait += 1
+            if self.plateau_wait >= spec.plateau_patience:
+                self.learning_rate *= spec.plateau_factor
+                self.plateau_wait = 0
+        return improved
+
+    def exhausted(self, spec: TrainSpec) -> bool:
+        """Whether early stopping ends the training now."""
+        return self.wait >= spec.patience
+
+
+@dataclass
+class _State:
+    """Where a training stands between two steps; with the arrays of the checkpoint it is the whole of it."""
+
+    schedule: Schedule
+    epoch: int = 1
+    step: int = 0
+    images_seen: int = 0
+    loss_sum: float = 0.0
+    right_sum: float = 0.0
+    seconds: float = 0.0
+    rows: list[list[float]] = field(default_factory=list)
+
+
+class _Source(Protocol):
+    """Training examples by position."""
+
+    labels: Labels
+
+    def batch(self, positions: Positions, epoch: int) -> Any:
+        """Return a network's inputs."""
+
+
+class _Images:
+    """Packed images, and where asked for the transforms that this epoch's augmentation applies."""
+
+    def __init__(self, store: ImageStore, table: pd.DataFrame, augment: AugmentSpec | None, seed: int) -> None:
+        self._images, self._rows = store.images, store.rows_of(table)
+        self.labels = table["label"].to_numpy(dtype=np.float32)
+        self._augment, self._seed = augment, seed
+        self._drawn: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
+
+    def batch(self, positions: Positions, epoch: int) -> Any:
+        pixels = self._images[self._rows[positions], ..., None]
+        if self._augment is None:
+            return pixels
+        if self._drawn[0] != epoch:
+            seed = (self._seed, models.TRANSFORMS, epoch)
+            self._drawn = epoch, models.transforms(self._augment, len(self._rows), seed=seed)
+        return [pixels, self._drawn[1][positions]]
+
+
+class _Features:
+    """Stored features; with several views, a random one of each image in each epoch."""
+
+    def __init__(
+        self, views: Sequence[npt.NDArray[Any]], rows: npt.NDArray[np.intp], labels: Labels, seed: int
+    ) -> None:
+        self._views, self._rows, self.labels, self._seed = views, rows, labels, seed
+        self._chosen: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
+
+    def batch(self, positions: Positions, epoch: int) -> Any:
+        rows = self._rows[positions]
+        if len(self._views) == 1:
+            return self._views[0][rows]
+        if self._chosen[0] != epoch:
+            generator = np.random.default_rng([self._seed, models.VIEW_CHOICE, epoch])
+            self._chosen = epoch, generator.integers(0, len(self._views), len(self._rows))
+        chosen = self._chosen[1][positions]
+        return np.stack([self._views[view][row] for view, row in zip(chosen, rows, strict=True)])
+
+
+def train(
+    model: models.Model,
+    store: ImageStore,
+    catalog: Catalog,
+    *,
+    spec: Spec,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> History:
+    """Train one approach; the model ends with the weights of its best epoch.
+
+    Where the model has a frozen part and ``features.cache`` is on, that part runs once per image and only the tail is
+    trained, on the stored outputs; the tail shares its weights with `model`.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `models.build`.
+    store : ImageStore
+        The images of `catalog`.
+    catalog : Catalog
+        Split: ``train`` is learned from, ``validation`` steers the schedule, ``test`` is not touched.
+    spec : Spec
+        The schedule, the seed and the approach's learning rate.
+    checkpoint : Path, optional
+        A file to keep the state in after each epoch and when stopped; where it exists, training goes on from it.
+    on_epoch : callable, optional
+        Called with each finished row of the history.
+    progress : callable, optional
+        Called with (done, total) steps of the epoch, or passes while features are computed.
+    stop : callable, optional
+        Asked before each step; where it returns True the state is kept and `StoppedEarly` raised.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    StoppedEarly
+        Where `stop` asked for it.
+    RunError
+        Where the loss is not finite before any epoch was good, or the checkpoint belongs to another run.
+    """
+    network, scorer, learn, check = _arrange(model, store, catalog, spec=spec, progress=progress)
+    network.compile(
+        optimizer=keras.optimizers.Adam(getattr(spec, model.name).learning_rate),
+        loss=keras.losses.BinaryCrossentropy(),
+        metrics=[keras.metrics.BinaryAccuracy(name="accuracy")],
+        jit_compile=models.compiles(),
+    )
+    network.optimizer.build(network.trainable_variables)
+    if scorer is not network:
+        scorer.compile(jit_compile=models.compiles())
+    loop = _Loop(network, scorer, learn, check, spec=spec, rate=getattr(spec, model.name).learning_rate)
+    keeper = _Keeper(checkpoint, signature=f"{model.name} {spec.hash} {catalog.content_hash}")
+    keeper.restore(loop)
+    try:
+        loop.run(keeper, on_epoch=on_epoch, progress=progress, stop=stop)
+    finally:
+        loop.restore_best()
+    return loop.history()
+
+
+def _arrange(
+    model: models.Model, store: ImageStore, catalog: Catalog, *, spec: Spec, progress: Callable[[int, int], None] | None
+) -> tuple[models.Model, models.Model, _Source, _Source]:
+    """Return the network to train, the network to validate with, and the examples for each."""
+    learn, check = catalog.rows("train"), catalog.rows("validation")
+    cut = models.cut(model)
+    if cut is None or not spec.features.cache:
+        changed = spec.augment if spec.augment.active else None
+        network = models.augmented(model) if changed else model
+        return network, model, _Images(store, learn, changed, spec.seed), _Images(store, check, None, spec.seed)
+    stored = extract_features([model], store, catalog, spec=spec, progress=progress)[cut]
+    _, tail = models.split_at(model, cut)
+    both = pd.concat([learn, check])
+    inverse = np.unique(store.rows_of(both), return_inverse=True)[1]
+    labels = both["label"].to_numpy(dtype=np.float32)
+    n = len(learn)
+    return (
+        tail,
+        tail,
+        _Features(stored.views, inverse[:n], labels[:n], spec.seed),
+        _Features(stored.views[:1], inverse[n:], labels[n:], spec.seed),
+    )
+
+
+def extract_features(
+    built: Sequence[models.Model],
+    store: ImageStore,
+    catalog: Catalog,
+    *,
+    spec: Spec,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, features.FeatureStore]:
+    """Run the frozen part of several models over the training and validation images in one pass.
+
+    `train` does this by itself for one model; called before, with all of them, it spares the others the pass.
+
+    Parameters
+    ----------
+    built : sequence of keras.Model
+        From `models.build`, all on the same backbone.
+    store : ImageStore
+        The images of `catalog`.
+    catalog : Catalog
+        Split.
+    spec : Spec
+        ``features``, ``augment``, ``backbone`` and ``seed``.
+    progress : callable, optional
+        Called with (done, total) images.
+
+    Returns
+    -------
+    dict of str to FeatureStore
+        By the name of the layer where each model is cut; rows are the distinct images, sorted by their row in `store`.
+    """
+    cuts = {cut: model for model in built if (cut := models.cut(model)) is not None}
+    if not cuts or not spec.features.cache:
+        return {}
+    rows = np.unique(store.rows_of(pd.concat([catalog.rows("train"), catalog.rows("validation")])))
+    return features.extract(built[0], list(cuts), store=store, rows=rows, spec=spec, progress=progress)
+
+
+class _Loop:
+    """The epochs of one training."""
+
+    def __init__(
+        self, network: models.Model, scorer: models.Model, learn: _Source, check: _Source, *, spec: Spec, rate: float
+    ) -> None:
+        self.network, self.scorer, self.learn, self.check, self.spec = network, scorer, learn, check, spec
+        self.state = _State(Schedule(rate))
+        self.weights = _changing(network)
+        self.best: list[npt.NDArray[Any]] = []
+        self._label_weights = _label_weights(learn.labels) if spec.train.class_weights else None
+
+    def run(
+        self,
+        keeper: _Keeper,
+        *,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+        progress: Callable[[int, int], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> None:
+        state, spec = self.state, self.spec.train
+        while state.epoch <= spec.epochs and not state.schedule.exhausted(spec):
+            started = time.perf_counter() - state.seconds
+            for step, positions in self._steps():
+                if stop is not None and stop():
+                    state.seconds = time.perf_counter() - started
+                    keeper.save(self)
+                    raise StoppedEarly(
+                        f"Stopped in epoch {state.epoch}, step {step}, on request; run the same command with --resume."
+                    )
+                self._step(positions)
+                state.step = step + 1
+                if progress is not None:
+                    progress(step + 1, -(-len(self.learn.labels) // spec.batch_size))
+            if not np.isfinite(state.loss_sum):
+                self._refuse_nan()
+                return
+            row = self._end_epoch(started)
+            keeper.save(self)
+            if on_epoch is not None:
+                on_epoch(row)
+
+    def _steps(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
+        """Return the steps of this epoch that are still to do."""
+        n, size = len(self.learn.labels), self.spec.train.batch_size
+        order = np.random.default_rng([self.spec.seed, models.ORDER, self.state.epoch]).permutation(n)
+        return [(start // size, order[start : start + size]) for start in range(self.state.step * size, n, size)]
+
+    def _step(self, positions: npt.NDArray[np.intp]) -> None:
+        labels = self.learn.labels[positions]
+        weights = None if self._label_weights is None else self._label_weights[labels.astype(np.intp)]
+        inputs = self.learn.batch(positions, self.state.epoch)
+        self.network.reset_metrics()  # sums are kept here, where they can be written down
+        logs = self.network.train_on_batch(inputs, labels[:, None], sample_weight=weights, return_dict=True)
+        self.state.images_seen += len(labels)
+        self.state.loss_sum += float(logs["loss"]) * len(labels)
+        self.state.right_sum += float(logs["accuracy"]) * len(labels)
+
+    def _end_epoch(self, started: float) -> dict[str, float]:
+        state, n = self.state, len(self.check.labels)
+        scores = models.scores(
+            self.scorer, lambda positions: self.check.batch(positions, 0), n, batch_size=self.spec.train.batch_size
+        )
+        val_loss = metrics.log_loss(self.check.labels, scores)
+        row = [
+            state.epoch,
+            state.right_sum / state.images_seen,
+            float(((scores > metrics.HALF) == (self.check.labels == 1)).mean()),
+            state.loss_sum / state.images_seen,
+            val_loss,
+            state.schedule.learning_rate,
+            time.perf_counter() - started,
+        ]
+        state.rows.append(row)
+        if state.schedule.update(val_loss, epoch=state.epoch, spec=self.spec.train):
+            self.best = [np.array(weight) for weight in self.weights]
+        self.network.optimizer.learning_rate = state.schedule.learning_rate
+        state.epoch, state.step, state.images_seen = state.epoch + 1, 0, 0
+        state.loss_sum = state.right_sum = state.seconds = 0.0
+        return dict(zip(HISTORY_COLUMNS, row, strict=True))
+
+    def _refuse_nan(self) -> None:
+        if not self.best:
+            raise RunError(
+                f"The training loss of {self.network.name} is not a number in epoch 1; "
+                f"lower {self.network.name}.learning_rate (now {self.state.schedule.learning_rate:g}) and run again."
+            )
+
+    def restore_best(self) -> None:
+        """Give the model the weights of its best epoch, where there is one."""
+        for weight, value in zip(self.weights, self.best, strict=False):
+            weight.assign(value)
+
+    def history(self) -> History:
+        state = self.state
+        table = pd.DataFrame(state.rows, columns=list(HISTORY_COLUMNS)).astype({"epoch": int})
+        return History(table, state.schedule.best_epoch, len(table) < self.spec.train.epochs)
+
+
+def _changing(network: models.Model) -> list[Any]:
+    """Return every variable that training can change: weights and running statistics, not the frozen ones."""
+    found: dict[int, Any] = {}
+
+    def visit(layer: Any) -> None:
+        for child in getattr(layer, "layers", []):
+            visit(child)
+        if not getattr(layer, "layers", []) and layer.trainable:
+            found.update((id(variable), variable) for variable in layer.variables)
+
+    visit(network)
+    return list(found.values())
+
+
+def _label_weights(labels: Labels) -> npt.NDArray[np.float32]:
+    counts = np.array([(labels == 0).sum(), (labels == 1).sum()])
+    return np.asarray(len(labels) / (2 * counts), dtype=np.float32)
+
+
+class _Keeper:
+    """The checkpoint file and the one before it: the whole state of a loop in one checksummed archive of arrays."""
+
+    def __init__(self, path: Path | None, *, signature: str) -> None:
+        self._path, self._signature = path, signature
+
+    def save(self, loop: _Loop) -> None:
+        if self._path is None:
+            return
+        arrays: dict[str, Any] = {f"weight-{index}": np.array(value) for index, value in enumerate(loop.weights)}
+        arrays |= {
+            f"optimizer-{index}": np.array(value) for index, value in enumerate(loop.network.optimizer.variables)
+        }
+        arrays |= {f"best-{index}": value for index, value in enumerate(loop.best)}
+        state = json.dumps({"signature": self._signature, **asdict(loop.state)})
+        buffer = io.BytesIO()
+        np.savez(buffer, state=np.frombuffer(state.encode(), dtype=np.uint8), **arrays)
+        if self._path.exists():
+            os.replace(self._path, self._previous)
+        _files.write_bytes(self._path, buffer.getvalue())
+
+    @property
+    def _previous(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f"{self._path.stem}.previous{self._path.suffix}")
+
+    def restore(self, loop: _Loop) -> None:
+        if self._path is None:
+            return
+        for path in (self._path, self._previous):
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    arrays = {name: archive[name] for name in archive.files}
+            except (OSError, ValueError, zipfile.BadZipFile):  # absent, or damaged: its checksums say so
+                continue
+            self._apply(loop, arrays)
+            return
+
+    def _apply(self, loop: _Loop, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        content = json.loads(arrays["state"].tobytes())
+        if content.pop("signature") != self._signature:
+            raise RunError(
+                f"{self._path} belongs to a run with another configuration or other images; "
+                "use the same ones to go on, or a new run directory."
+            )
+        for index, weight in enumerate(loop.weights):
+            weight.assign(arrays[f"weight-{index}"])
+        for index, variable in enumerate(loop.network.optimizer.variables):
+            variable.assign(arrays[f"optimizer-{index}"])
+        loop.best = [arrays[f"best-{index}"] for index in range(len(loop.weights)) if f"best-{index}" in arrays]
+        loop.state = _State(schedule=Schedule(**content.pop("schedule")), **content)
