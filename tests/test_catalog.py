@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from pneumoscope import _files, images
-from pneumoscope._sources import KAGGLE_VAL_IMAGES
+from pneumoscope._sources import KAGGLE_VAL_IMAGES, Reader
 from pneumoscope.catalog import COLUMNS, Catalog, keras_validation_mask
 from pneumoscope.errors import DataError, ImageError
 from pneumoscope.specs import SplitSpec
@@ -190,6 +190,17 @@ def test_a_zip_gives_the_same_catalog_as_its_folder_and_is_never_unpacked(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_archive_is_opened_anew_in_each_thread_and_when_it_was_replaced(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", {"NORMAL/a.png": picture(1)})
+    reader = Reader()
+    mine = reader.archive(path)
+    assert reader.archive(path) is mine
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(reader.archive, path).result() is not mine
+    zipped(path, {"NORMAL/b.png": picture(2), "NORMAL/a.png": picture(3)})
+    assert reader.read(tmp_path, "a.zip!/NORMAL/a.png") == picture(3)
+
+
 def test_class_folders_without_splits_get_a_test_split_by_group_and_say_so(tmp_path: Path) -> None:
     names = [f"NORMAL/IM-{at:04}-000{n}.jpeg" for at in range(1, 21) for n in (1, 2)]
     names += [
@@ -220,7 +231,7 @@ def test_mendeley_names_tell_patient_and_subtype(tmp_path: Path) -> None:
     ("name", "group", "subtype"),
     [
         ("person12_virus_34", "virus/12", "virus"),
-        ("person12_bacteria_34", "bacteria/12", "bacteria"),
+        ("person012_bacteria_34", "bacteria/12", "bacteria"),
         ("person447_virus_921_1", "virus/447", "virus"),
         ("person100_bacteria_475", "bacteria/100", "bacteria"),
         ("IM-0115-0001", "IM/115", ""),
@@ -255,6 +266,8 @@ def test_a_data_set_may_be_named_like_a_class_and_hold_its_splits_inside_the_cla
     }  # fmt: skip
     inner = plant(tmp_path / "y", ["NORMAL/train/a.png", "NORMAL/test/b.png", "PNEUMONIA/train/c.png"])
     assert list(Catalog.scan(inner).table["split"]) == ["test", "train", "train"]
+    deep = plant(tmp_path / "z", ["train/NORMAL/no pneumonia/a.png", "train/NORMAL/pneumonia/b.png"])
+    assert list(Catalog.scan(deep).table["label"]) == [0, 0]
 
 
 # --- manifests and arrays --------------------------------------------------------------------------------------------
@@ -289,6 +302,14 @@ def test_a_manifest_gives_labels_splits_and_groups(tmp_path: Path) -> None:
     assert [len(catalog.read_bytes(path)) for path in catalog.rows()["path"]] == list(catalog.rows()["file_bytes"])
     with pytest.raises(ImageError, match=r"There is no 'images/gone\.png' in "):
         catalog.read_bytes("images/gone.png")
+
+
+def test_a_manifest_wins_over_names_and_a_guarded_cell_is_freed(tmp_path: Path) -> None:
+    root = plant(tmp_path / "set", ["person5_virus_1.png", "person6_virus_1.png"])
+    text = "path,label,group\nperson5_virus_1.png,NORMAL,'=x\nperson6_virus_1.png,PNEUMONIA,\n"
+    table = Catalog.scan(manifest(root / "list.csv", text)).table
+    assert list(table["group"]) == ["=x", "virus/6"]
+    assert list(table["subtype"]) == ["", "virus"]
 
 
 def test_bad_rows_of_a_manifest_are_named_with_their_lines(tmp_path: Path) -> None:
@@ -610,6 +631,7 @@ def test_every_unusable_file_is_quarantined_with_its_reason(tmp_path: Path) -> N
         "huge.png": "too large", "fifo.jpeg": "not a regular file",
     }  # fmt: skip
     assert len(catalog.quarantined()) == 10
+    pd.testing.assert_frame_equal(catalog.quarantine({"": "never read, so never decoded"}).table, catalog.table)
     assert list(catalog.rows()["path"]) == ["NORMAL/ok.jpeg", "PNEUMONIA/ok.png"]
     for name, reason in (("fifo.jpeg", "not a regular file"), ("huge.png", "too large")):
         with pytest.raises(ImageError, match=reason):

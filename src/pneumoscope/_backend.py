@@ -1,13 +1,14 @@
 """The only module that names TensorFlow, JAX or torch: a quiet start, threads, determinism, what is there.
 
 Whoever needs Keras says ``from pneumoscope._backend import keras``: that loads it once, with the chosen backend, and
-keeps the loading quiet. `prepare` sets threads and determinism and must come before the first computation. Knows nothing of
-models or data.
+keeps the loading quiet. `prepare` sets threads and determinism and must come before the first computation. Knows
+nothing of models or data.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -124,6 +125,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # third parties warn of their own futures
             yield
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of retracing, which is ours to mend
     finally:
         os.dup2(kept, 2)
         os.close(kept)
@@ -157,14 +159,15 @@ def describe() -> Machine:
 def _prepare_tensorflow(threads: int, deterministic: bool) -> None:
     import tensorflow as tf
 
+    tf.get_logger().setLevel("ERROR")  # each model traced anew is a "retracing" warning on stderr otherwise
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(min(threads, 2))
     except RuntimeError as error:  # already started: fine where it started with the same number
-        if tf.config.threading.get_intra_op_parallelism_threads() not in (0, threads):
+        running = tf.config.threading.get_intra_op_parallelism_threads() or available_cores()
+        if running != threads:
             raise UsageError(
-                f"TensorFlow already runs with {tf.config.threading.get_intra_op_parallelism_threads()} threads, "
-                f"{threads} were asked for; start a new Python process."
+                f"TensorFlow already runs with {running} threads, {threads} were asked for; start a new Python process."
             ) from error
     if deterministic:
         tf.config.experimental.enable_op_determinism()

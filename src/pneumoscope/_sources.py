@@ -430,7 +430,7 @@ def _only_tree(spots: Sequence[_Spot], place: Path) -> _Tree:
     trees: dict[_Tree, list[_Spot]] = defaultdict(list)
     for spot in spots:
         trees[spot.tree].append(spot)
-    main, *rest = sorted(trees, key=lambda tree: (-len(trees[tree]), len(tree[0]), tree))
+    main, *rest = sorted(trees, key=lambda tree: (-len(trees[tree]), tree))
     held = {spot.signature for spot in trees[main]}
     others = [tree for tree in rest if not held.issuperset(spot.signature for spot in trees[tree])]
     if others:

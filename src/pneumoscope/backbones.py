@@ -20,10 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import keras
 from numpy.typing import NDArray
 
 from pneumoscope import _files, _torch_weights
+from pneumoscope._backend import keras
 from pneumoscope.errors import SpecError, StoreError, WeightsError
 from pneumoscope.specs import BackboneSpec
 
@@ -31,6 +31,7 @@ Channels = tuple[float, float, float]
 Progress = Callable[[int, int], None]
 
 _SCALING = "scaling"
+_UNIT: tuple[Channels, Channels] = ((1 / 255,) * 3, (0.0,) * 3)
 _PIECE_BYTES = 1 << 20
 _TIMEOUT_S = 30
 _KERAS_URL = "https://storage.googleapis.com/tensorflow/keras-applications"
@@ -101,18 +102,13 @@ def extend(x: Any, spec: BackboneSpec) -> Any:
     """
     backbone = _named(spec.name)
     source = _weights_file(spec)
-    if spec.scaling == "native":
-        scale, offset = list(backbone.scale), list(backbone.offset)
-    else:
-        scale, offset = [1 / 255] * 3, [0.0] * 3
-    scaled = keras.layers.Rescaling(scale, offset, name=_SCALING)(x)
+    scale, offset = (backbone.scale, backbone.offset) if spec.scaling == "native" else _UNIT
+    scaled = keras.layers.Rescaling(list(scale), list(offset), name=_SCALING)(x)
     features = backbone.build(scaled)
     graph = keras.Model(scaled, features)  # the backbone alone, sharing its layers: what a weights file describes
     for layer in graph.layers:
         if isinstance(layer, keras.layers.Dropout):
-            # EfficientNetV2's stochastic depth: Keras runs it in training even in frozen layers, so that a frozen
-            # prefix would not be a function of the image.
-            layer.rate = 0.0
+            layer.rate = 0.0  # EfficientNetV2 drops whole blocks in training, and Keras does so in frozen layers too
     if source is not None:
         _load(graph, backbone, source)
     return features
@@ -143,8 +139,8 @@ def layers_of(model: Any, name: str) -> list[Any]:
     """
     names = [layer.name for layer in model.layers]
     last = _named(name).last_layer
-    if _SCALING not in names or last not in names:
-        raise ValueError(f"The model {model.name!r} was not built on the backbone {name!r}: it lacks {last!r}.")
+    if lacking := {_SCALING, last}.difference(names):
+        raise ValueError(f"The model {model.name!r} was not built on the backbone {name!r}: it lacks {min(lacking)!r}.")
     return list(model.layers[names.index(_SCALING) + 1 : names.index(last) + 1])
 
 
@@ -200,17 +196,14 @@ def _weights_file(spec: BackboneSpec) -> Path | None:
     backbone = _named(spec.name)
     if spec.weights == "none":
         return None
-    if spec.weights != "imagenet":
-        path = Path(spec.weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(
-                f"backbone.weights is {path}, which is not a file; give imagenet, none, or the path of a weights file."
-            )
-        return path
-    found = weights_path(spec.name)
-    if found is None:
+    path = weights_path(spec.name) if spec.weights == "imagenet" else Path(spec.weights).expanduser()
+    if path is None:
         raise WeightsError(_missing(backbone))
-    return found
+    if not path.is_file():
+        raise WeightsError(
+            f"backbone.weights is {path}, which is not a file; give imagenet, none, or the path of a weights file."
+        )
+    return path
 
 
 def _missing(backbone: Backbone) -> str:
@@ -260,7 +253,8 @@ def _is_published(path: Path, backbone: Backbone) -> bool:
     if not algorithm:
         return True
     with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() == digest
+        # MD5 is what Keras publishes; clusters in FIPS mode allow it only where it is said not to guard secrets.
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest() == digest
 
 
 def fetch_weights(name: str, *, progress: Progress | None = None, url: str | None = None) -> Path:
@@ -290,9 +284,9 @@ def fetch_weights(name: str, *, progress: Progress | None = None, url: str | Non
         Where the disk has no room for it, or the cache cannot be written.
     """
     backbone = _named(name)
-    here = weights_path(name)
-    if here is not None and _is_published(here, backbone):
-        return here
+    for path in _places(backbone):
+        if path.is_file() and _is_published(path, backbone):
+            return path
     if not backbone.url:
         raise WeightsError(_missing(backbone))
     target = _files.cache_dir() / "weights" / backbone.file_name

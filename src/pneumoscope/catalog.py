@@ -110,6 +110,10 @@ class Catalog:
         root : Path
             Folder that its paths are relative to.
 
+        Returns
+        -------
+        Catalog
+
         Raises
         ------
         DataError
@@ -166,6 +170,10 @@ class Catalog:
         seed : int
             0 or more.
 
+        Returns
+        -------
+        Catalog
+
         Raises
         ------
         DataError
@@ -211,6 +219,11 @@ class Catalog:
             Only this one of `SPLITS`.
         label : {0, 1}, optional
             Only this label.
+
+        Returns
+        -------
+        DataFrame
+            With the columns `COLUMNS`.
         """
         keep = self.table["status"] == "ok"
         if split is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,9 @@ from pneumoscope.specs import APPROACHES, Spec
 
 if TYPE_CHECKING:
     from pneumoscope.narration import Narration
+
+_MADE_AGAIN = re.compile(r"\.?((images|features)-[0-9a-f]{16}|demo-images)(\..+)?")
+"""Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
 
 app = typer.Typer(
     name="pneumoscope",
@@ -62,17 +66,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON event per line inst
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 bad data or result, 2 wrong call, 75 stopped and resumable."""
+    """Run the command line and exit: 0 done, 1 bad data or result, 2 wrong call, 75 stopped and resumable.
+
+    Typer itself ends on Ctrl-C (130) and where the reader of the output has gone, as with ``| head`` (1).
+    """
     try:
         app(standalone_mode=True)
     except PneumoscopeError as error:
         print(f"pneumoscope: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("pneumoscope: interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as with "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
@@ -100,11 +102,12 @@ def demo(
 ) -> None:
     """Make synthetic X-rays and do the whole job on them: offline, a few minutes on two cores."""
     from pneumoscope import phantom, pipeline
+    from pneumoscope.runs import Run
 
     spec = Spec.preset_named("demo")
     data = phantom.write_dataset(_files.cache_dir() / "demo-images")
-    if output.exists() and (output / "manifest.json").exists():
-        shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier run directory is removed
+    if Run(output).read_manifest().get("data") == str(data):
+        shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier demo is removed
     voice = _voice(as_json)
     with _stopping() as stop:
         pipeline.run(spec, data, output, narration=voice, stop=stop)
@@ -191,7 +194,7 @@ def models(
     as_json: Json = False,
 ) -> None:
     """Show the approaches; with --model, every layer's number, name, output shape, parameters and whether it trains."""
-    spec = _spec(preset, config, settings, model)
+    spec = _spec(preset, config, [*(settings or []), "backbone.weights=none"], model)  # a listing needs none
     from pneumoscope import _backend
 
     _backend.prepare(threads=spec.train.threads)
@@ -272,11 +275,11 @@ def cache(
     if not clean:
         return
     going = [
-        entry for entry in entries if everything or entry.name.lstrip(".").startswith(("images-", "features-", "demo-"))
+        entry for entry in entries if _MADE_AGAIN.fullmatch(entry.name) or (everything and entry.name == "weights")
     ]
     freed = sum(_files.size_of(entry) for entry in going)
     for entry in going:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     voice.event("cleaned", f"Deleted {len(going)} entries, {_files.size_text(freed)}.", entries=len(going), freed=freed)
 
 
@@ -299,7 +302,8 @@ def doctor(as_json: Json = False) -> None:
     root = _files.cache_dir()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE: set PNEUMOSCOPE_CACHE"
+    usable = existing.is_dir() and os.access(existing, os.W_OK)
+    writable = "writable" if usable else "NOT WRITABLE: set PNEUMOSCOPE_CACHE"
     voice.say(f"Cache: {root}, {_files.size_text(free)} free, {writable}.")
 
 

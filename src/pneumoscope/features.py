@@ -154,7 +154,6 @@ def _compute(
     progress: Progress | None,
 ) -> None:
     prefix = keras.Model(model.input, [model.get_layer(name).output for name in targets])
-    prefix.compile(jit_compile=models.compiles())
     shapes = {name: tuple(model.get_layer(name).output.shape[1:]) for name in targets}
     views, n = 1 + spec.features.views, len(rows)
     size = sum(int(np.prod(shape)) for shape in shapes.values()) * n * views * np.dtype(spec.features.dtype).itemsize
@@ -191,9 +190,7 @@ def _reader(
     if view == 0:
         return prefix, lambda positions: store.images[rows[positions], ..., None]
     drawn = models.transforms(spec.augment, len(rows), seed=(spec.seed, models.VIEWS, view))
-    network = models.augmented(prefix)
-    network.compile(jit_compile=models.compiles())
-    return network, lambda positions: [store.images[rows[positions], ..., None], drawn[positions]]
+    return models.augmented(prefix), lambda positions: [store.images[rows[positions], ..., None], drawn[positions]]
 
 
 class _Partial:

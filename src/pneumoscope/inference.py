@@ -6,6 +6,9 @@ Knows nothing of thresholds or figures.
 
 from __future__ import annotations
 
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from pneumoscope.errors import RunError
 from pneumoscope.predictions import Predictions
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
+
+# What zipfile, HDF5 and Keras raise on damaged or foreign bytes, found by changing bytes at random.
+_DAMAGE = (OSError, EOFError, ValueError, LookupError, RuntimeError, UserWarning, zipfile.BadZipFile, zlib.error)
 
 
 def load_model(path: Path, *, approach: str, spec: Spec) -> models.Model:
@@ -42,9 +48,12 @@ def load_model(path: Path, *, approach: str, spec: Spec) -> models.Model:
     bare = spec.model_copy(update={"backbone": spec.backbone.model_copy(update={"weights": "none"})})
     model = models.build(approach, bare)
     try:
-        model.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:200]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Skipping", UserWarning)  # else Keras may leave weights as they were
+            model.load_weights(path)
+    except _DAMAGE as error:
+        misfit = isinstance(error, UserWarning)
+        reason = "its weights do not fit the Spec" if misfit else " ".join(str(error).split())[:200]
         raise RunError(
             f"The model {path} cannot be loaded ({reason}); train it again, or give the run it came from."
         ) from error
@@ -85,7 +94,6 @@ def score(
         Where an image is not in the store.
     """
     where = store.rows_of(rows)
-    model.compile(jit_compile=models.compiles())
 
     def fetch(positions: slice) -> object:
         if progress is not None:

@@ -6,6 +6,7 @@ returns ``score``, ``(B, 1)``, the sigmoid of ``logit``. Knows nothing of data, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,6 @@ layers, ops = keras.layers, keras.ops
 
 ORDER, TRANSFORMS, VIEWS, VIEW_CHOICE = range(4)
 """What a random stream is for: ``default_rng([seed, purpose, epoch or view])``, so that no two streams are alike."""
-
-compiles = _backend.compiles
 
 Model = Any
 """A ``keras.Model`` (Keras ships no types)."""
@@ -187,13 +186,17 @@ def cut(model: Model) -> str | None:
     Returns
     -------
     str or None
-        The last layer before the first one with trainable weights; None where nothing before it has weights at all
-        (there is no frozen part worth keeping).
+        The last layer that every path passes before the first layer with trainable weights; None where nothing up to
+        it has weights at all (there is no frozen part worth keeping).
     """
     first = next(index for index, layer in enumerate(model.layers) if layer.trainable_weights)
-    if not any(layer.weights for layer in model.layers[:first]):
-        return None
-    return str(model.layers[first - 1].name)
+    for last in reversed(range(first)):
+        if not any(layer.weights for layer in model.layers[: last + 1]):
+            return None
+        with contextlib.suppress(SpecError):  # a shortcut goes around it: look further up
+            split_at(model, model.layers[last].name)
+            return str(model.layers[last].name)
+    return None
 
 
 def split_at(model: Model, name: str) -> tuple[Model, Model]:
@@ -221,8 +224,8 @@ def split_at(model: Model, name: str) -> tuple[Model, Model]:
         return keras.Model(model.input, handover, name="prefix"), keras.Model(handover, model.output, name=model.name)
     except ValueError as error:
         raise SpecError(
-            f"The network cannot be cut at {name}: a shortcut goes around it; choose another ft.trainable_layers "
-            "(pneumoscope models --model ft lists the layers)."
+            f"The network {model.name} cannot be cut at {name}: a shortcut goes around it; "
+            "choose a layer that every path passes, such as the end of a block."
         ) from error
 
 
@@ -315,6 +318,8 @@ def in_batches(
     outputs : list of ndarray
         One array per output, first axis the examples.
     """
+    if not network.compiled:  # once: each compilation traces the whole network anew
+        network.compile(jit_compile=_backend.compiles())
     for start in range(0, n, batch_size):
         positions = slice(start, min(start + batch_size, n))
         outputs = network.predict_on_batch(fetch(positions))
@@ -400,6 +405,18 @@ def listing(model: Model) -> list[LayerRow]:
 
 
 def count_parameters(model: Model, *, trainable_only: bool = False) -> int:
-    """Return how many numbers a model holds, all or only those that train."""
+    """Count the numbers a model holds.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `build`.
+    trainable_only : bool
+        Leave out the frozen ones and running statistics.
+
+    Returns
+    -------
+    int
+    """
     weights = model.trainable_weights if trainable_only else model.weights
     return int(sum(np.prod(weight.shape) for weight in weights))

@@ -39,7 +39,9 @@ class Narration:
     def __init__(self, mode: Mode | None = None, *, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
         self.mode: Mode = mode or ("terminal" if self._stream.isatty() else "plain")
-        self._console = Console(file=self._stream, highlight=False, soft_wrap=self.mode != "terminal")
+        self._console = Console(  # what is said is text: file names may look like markup or emoji
+            file=self._stream, highlight=False, markup=False, emoji=False, force_terminal=self.mode == "terminal"
+        )
         self._log: IO[str] | None = None
 
     def log_to(self, path: Path) -> None:
@@ -76,7 +78,7 @@ class Narration:
         self._emit(name, text, style="", **values)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table; text stands left, everything else right.
+        """Show a table; the first column stands left, the others right.
 
         Parameters
         ----------
@@ -87,20 +89,23 @@ class Narration:
         rows : sequence of sequence of str
             Cells, already text.
         """
-        widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+        shown = [[_visible(cell) for cell in row] for row in (columns, *rows)]
+        widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+            for first, *others in shown
         ]
-        self._write_log("\n".join([title, *lines]))
+        text = "\n".join([_visible(title), *lines])
+        self._write_log(text)
         if self.mode == "json":
             self._json("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
         elif self.mode == "plain":
-            self._print("\n".join(line.rstrip() for line in [title, *lines]))
+            self._print(text)
         elif self.mode == "terminal":
-            drawn = Table(title=title, title_justify="left", header_style="bold")
-            for index, name in enumerate(columns):
+            drawn = Table(title=_visible(title), title_justify="left", header_style="bold")
+            for index, name in enumerate(shown[0]):
                 drawn.add_column(name, justify="left" if index == 0 else "right")
-            for row in rows:
+            for row in shown[1:]:
                 drawn.add_row(*row)
             self._console.print(drawn)
 
@@ -131,17 +136,17 @@ class Narration:
         """
         if self.mode == "terminal":
             columns = (
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[rate]}", markup=False),
             )
             with Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True) as progress:
-                task = progress.add_task(label, total=None, rate="")
-                started = time.monotonic()
+                task = progress.add_task(_visible(label), total=None, rate="")
+                speed = _Speed()
 
                 def update(done: int, total: int) -> None:
-                    rate = f"{done / max(time.monotonic() - started, 1e-6):,.0f} {unit}/s"
+                    rate = f"{speed(done):,.1f} {unit}/s"
                     progress.update(task, completed=done, total=total, rate=rate)
 
                 yield update
@@ -149,13 +154,14 @@ class Narration:
             yield _Lines(self, label, unit)
 
     def _emit(self, name: str, line: str, /, *, style: str, **values: Any) -> None:
+        line = _visible(line)
         self._write_log(line)
         if self.mode == "json":
             self._json(name, **values)
         elif self.mode == "plain":
             self._print(line)
         elif self.mode == "terminal":
-            self._console.print(line, style=style, markup=False)
+            self._console.print(line, style=style)
 
     def _print(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -173,21 +179,33 @@ class Narration:
             self._log.flush()
 
 
+class _Speed:
+    """Things done per second since the count last began; it begins anew where it falls, as in every epoch."""
+
+    def __init__(self) -> None:
+        self._since, self._from, self._last = time.monotonic(), 0, 0
+
+    def __call__(self, done: int) -> float:
+        if done < self._last:
+            self._since, self._from = time.monotonic(), done
+        self._last = done
+        return (done - self._from) / max(time.monotonic() - self._since, 1e-6)
+
+
 class _Lines:
     """Progress where there is no terminal: a line now and then."""
 
     def __init__(self, narration: Narration, label: str, unit: str) -> None:
         self._narration, self._label, self._unit = narration, label, unit
-        self._started = self._last = time.monotonic()
+        self._last, self._speed = time.monotonic(), _Speed()
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES or not done:
+        rate, now = self._speed(done), time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES or not rate:
             return
         self._last = now
-        rate = done / (now - self._started)
         text = (
-            f"  {self._label}: {done:,} of {total:,} ({rate:,.0f} {self._unit}/s, "
+            f"  {self._label}: {done:,} of {total:,} ({rate:,.1f} {self._unit}/s, "
             f"{seconds_text((total - done) / rate)} left)"
         )
         self._narration.event("progress", text, label=self._label, done=done, total=total, rate=rate)
@@ -195,11 +213,16 @@ class _Lines:
 
 def seconds_text(seconds: float) -> str:
     """Return a duration for people, for example ``"3 min 05 s"``."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _visible(text: str) -> str:
+    """Escape what would break a line or steer a terminal: control and format characters, lone surrogates."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _now() -> str:

@@ -83,12 +83,14 @@ def run(
     """
     voice = narration or Narration("silent")
     target = Run.create(folder, resume=resume)
+    if target.spec_path.exists():
+        _check_same(target, spec)  # before anything is written: a refusal leaves the earlier run as it was
     if target.status == "finished":
-        _check_same(target, spec)
         voice.say(f"{folder} is finished already.")
         return target
     started = datetime.now(UTC)
-    target.update_manifest(status="running", started=started.isoformat(timespec="seconds"), data=str(data.absolute()))
+    earlier = target.read_manifest().get("data", str(data.absolute()))
+    target.update_manifest(status="running", started=started.isoformat(timespec="seconds"), data=earlier)
     voice.log_to(target.log_path)
     try:
         _backend.prepare(threads=spec.train.threads)
@@ -98,7 +100,8 @@ def run(
         evaluations = job.evaluate()
         job.finish(evaluations, seconds=(datetime.now(UTC) - started).total_seconds())
     except BaseException as error:
-        target.update_manifest(status="stopped" if isinstance(error, StoppedEarly) else "failed", error=str(error))
+        stopped = isinstance(error, (StoppedEarly, KeyboardInterrupt))
+        target.update_manifest(status="stopped" if stopped else "failed", error=str(error) or type(error).__name__)
         raise
     finally:
         voice.close()
@@ -132,7 +135,7 @@ def inspect(data: Path, folder: Path, *, spec: Spec, narration: Narration | None
     catalog, store = read_images(spec, data, voice)
     paths = Run(folder)
     catalog.write(paths.catalog_path)
-    _draw_data(catalog, store, paths, note=note_of(spec, data, models_used=()), seed=spec.seed)
+    _draw_data(catalog, store, paths, note=note_of(spec, data, catalog=catalog, models_used=()), seed=spec.seed)
     voice.say(f"Pictures are in {folder / 'figures'}, the list of images in {paths.catalog_path}.")
     return catalog
 
@@ -143,7 +146,7 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     Parameters
     ----------
     target : Run
-        With trained models.
+        Finished.
     data : Path, optional
         Other labelled images, all of which are scored; the run's own validation and test images where not given.
     narration : Narration, optional
@@ -158,23 +161,26 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     Raises
     ------
     PneumoscopeError
-        Where there is no trained model, or the images cannot be used.
+        Where the run is not finished, or the images cannot be used.
     """
     voice = narration or Narration("silent")
+    if target.status != "finished":
+        raise RunError(
+            f"The run in {target.folder} is {target.status}, not finished; run its command again with --resume first."
+        )
     spec = target.read_spec()
-    if not target.trained():
-        raise RunError(f"{target.folder} holds no trained model yet; finish the run first (run --resume).")
     _backend.prepare(threads=spec.train.threads)
-    own = Path(target.read_manifest()["data"])
+    manifest = target.read_manifest()
+    own = Path(manifest["data"])
     if data is None:
         catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
-        job = _Job(spec, target, catalog, _pack(catalog, spec, voice), voice, note_of(spec, own), None)
+        job = _Job(spec, target, catalog, _pack(catalog, spec, voice), voice, manifest["note"], None)
         job.write_metrics(job.evaluate())
         return target.metrics_path
     catalog, store = read_images(spec, data, voice, divide=False)
     table = catalog.table.assign(split="test")
     other = Run(target.folder / "evaluations" / data.resolve().stem)
-    note = note_of(spec, data)
+    note = note_of(spec, data, catalog=catalog)
     job = _Job(spec, other, replace(catalog, table=table), store, voice, note, None)
     points = _files.read_json(target.metrics_path)["models"]
     evaluations = {}
@@ -232,7 +238,7 @@ def read_images(spec: Spec, data: Path, voice: Narration, *, divide: bool = True
     return catalog, store
 
 
-def note_of(spec: Spec, data: Path, *, models_used: Sequence[str] | None = None) -> str:
+def note_of(spec: Spec, data: Path, *, catalog: Catalog, models_used: Sequence[str] | None = None) -> str:
     """Return what must stand on every output: synthetic data, random weights; empty where nothing must.
 
     Parameters
@@ -241,6 +247,8 @@ def note_of(spec: Spec, data: Path, *, models_used: Sequence[str] | None = None)
         Names the weights.
     data : Path
         The images.
+    catalog : Catalog
+        Their list: a manifest may name synthetic images wherever they lie.
     models_used : sequence of str, optional
         The approaches concerned; those of `spec` where not given.
 
@@ -249,7 +257,8 @@ def note_of(spec: Spec, data: Path, *, models_used: Sequence[str] | None = None)
     str
     """
     marks = []
-    if phantom.is_synthetic(data):
+    first = catalog.rows().drop_duplicates(["split", "label"])["path"]  # of each part, because lists can be mixed
+    if phantom.is_synthetic(data) or any(phantom.is_synthetic_image(catalog.read_bytes(path)) for path in first):
         marks.append("SYNTHETIC DATA")
     if spec.backbone.weights == "none" and {"tl", "ft"} & set(spec.models if models_used is None else models_used):
         marks.append("tl and ft on RANDOM WEIGHTS")
@@ -406,16 +415,20 @@ def _prepare(spec: Spec, data: Path, target: Run, voice: Narration, stop: Callab
     """Read the images and write down what this run is, before any training."""
     if {"tl", "ft"} & set(spec.models):
         backbones.weights_hash(spec.backbone)  # missing weights are said now, not after an hour
-    if target.spec_path.exists():
-        _check_same(target, spec)
     catalog, store = read_images(spec, data, voice)
-    note = note_of(spec, data)
+    if target.read_manifest().get("data_hash", catalog.content_hash) != catalog.content_hash:
+        raise RunError(
+            f"{target.folder} was begun with other images than {data} holds now; "
+            "give the same ones to go on, or choose a new folder with -o."
+        )
+    note = note_of(spec, data, catalog=catalog)
     if note:
         voice.warn(f"{note}: the figures say nothing about real radiographs.")
     machine = _backend.describe()
     _files.write_text(target.spec_path, spec.to_toml())
     catalog.write(target.catalog_path)
     target.update_manifest(
+        data=str(data.absolute()),
         note=note,
         spec_hash=spec.hash,
         data_hash=catalog.content_hash,

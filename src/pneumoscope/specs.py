@@ -398,9 +398,10 @@ _SMOKE: dict[str, Any] = {
 }
 
 _DEFAULT: dict[str, Any] = {
+    "augment": {"zoom": 0.1, "translation": 0.1},
     "cnn": {"learning_rate": 3e-4, "momentum": 0.9},
     "tl": {"learning_rate": 5e-4},
-    "ft": {"learning_rate": 5e-5, "trainable_layers": 12},
+    "ft": {"learning_rate": 1e-4, "trainable_layers": 11},
 }
 
 PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(

@@ -11,11 +11,12 @@ A store is a folder in the cache named for what went into it::
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +89,9 @@ class ImageStore:
         content = {"image_ids": ids, "size_px": size_px, "decoder": images.DECODER_VERSION}
         key = _files.hash_of(content)[:16]
         folder = (cache or _files.cache_dir()) / f"images-{key}"
-        if not (folder / "manifest.json").exists():
+        if folder.exists() and not (folder / "manifest.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a deletion was interrupted: packing never leaves this
+        if not folder.exists():
             _files.require_space(folder.parent, len(ids) * size_px**2, what="Packing the images")
 
             def fill(target: Path) -> None:
@@ -116,19 +119,20 @@ class ImageStore:
             Where it is unfinished, damaged, or made by another decoder.
         """
         manifest = _files.read_json(folder / "manifest.json")
-        if manifest["decoder"] != images.DECODER_VERSION:
+        decoder = manifest.get("decoder")
+        if decoder != images.DECODER_VERSION:
             raise StoreError(
-                f"{folder} was packed by decoder {manifest['decoder']}, this is {images.DECODER_VERSION}; "
-                "pack the images again."
+                f"{folder} was packed by decoder {decoder}, this is {images.DECODER_VERSION}; pack the images again."
             )
         try:
-            array = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # np.load would also open archives
         except (OSError, ValueError) as error:
             raise StoreError(f"{folder} is damaged ({error}); delete it and pack again.") from error
         shape = (len(manifest["image_ids"]), manifest["size_px"], manifest["size_px"])
         if array.shape != shape or array.dtype != np.uint8:
             raise StoreError(f"{folder} holds {array.shape} where {shape} belongs; delete it and pack again.")
-        return cls(folder, array, np.asarray(manifest["image_ids"]), dict(manifest["rejected"]), str(manifest["key"]))
+        image_ids = np.asarray(manifest["image_ids"], dtype=np.str_)
+        return cls(folder, array, image_ids, dict(manifest["rejected"]), str(manifest["key"]))
 
     @property
     def size_px(self) -> int:
@@ -176,11 +180,16 @@ def _fill(
 ) -> None:
     """Write a store's files into `target`, the manifest last; rows of undecodable images are left out."""
     temporary = target / "all.npy"
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(max(len(ids), 1), size_px, size_px))
+    array = _new_array(temporary, (max(len(ids), 1), size_px, size_px))
     rejected: dict[str, str] = {}
 
     def work(row: int) -> None:
-        data = catalog.read_bytes(paths[row])
+        try:
+            data = catalog.read_bytes(paths[row])
+        except ImageError as error:
+            raise StoreError(
+                f"{paths[row]} was listed but is {error.reason} now; make it readable and run again."
+            ) from error
         if not _files.sha256_of(data).startswith(ids[row]):
             raise StoreError(f"{paths[row]} changed while it was read; wait until it is complete and run again.")
         try:
@@ -196,9 +205,7 @@ def _fill(
                 progress(min(start + _BLOCK, len(ids)), len(ids))
     kept = [row for row, image_id in enumerate(ids) if image_id not in rejected]
     if len(kept) < len(array):  # rare: copy the good rows together
-        good = np.lib.format.open_memmap(
-            target / "good.npy", mode="w+", dtype=np.uint8, shape=(len(kept), size_px, size_px)
-        )
+        good = _new_array(target / "good.npy", (len(kept), size_px, size_px))
         for new, old in enumerate(kept):
             good[new] = array[old]
         good.flush()
@@ -217,3 +224,16 @@ def _fill(
             "rejected": rejected,
         },
     )
+
+
+def _new_array(path: Path, shape: tuple[int, int, int]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """Make a memory-mapped array whose space is taken at once.
+
+    Numpy makes a file of holes; where a quota or the disk then ends while a hole is filled, the system kills the
+    process (SIGBUS) before any error can be told.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

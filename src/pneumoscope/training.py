@@ -11,7 +11,6 @@ import io
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _files, features, metrics, models
+from pneumoscope import _backend, _files, features, metrics, models
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import RunError, StoppedEarly
@@ -37,6 +36,8 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "seconds",
 )
+
+_DIGEST_BYTES = 64  # a checkpoint ends with its SHA-256: an archive's own checksums leave its directory open
 
 Labels = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp] | slice
@@ -232,11 +233,9 @@ def train(
         optimizer=keras.optimizers.Adam(getattr(spec, model.name).learning_rate),
         loss=keras.losses.BinaryCrossentropy(),
         metrics=[keras.metrics.BinaryAccuracy(name="accuracy")],
-        jit_compile=models.compiles(),
+        jit_compile=_backend.compiles(),
     )
     network.optimizer.build(network.trainable_variables)
-    if scorer is not network:
-        scorer.compile(jit_compile=models.compiles())
     loop = _Loop(network, scorer, learn, check, spec=spec, rate=getattr(spec, model.name).learning_rate)
     keeper = _Keeper(checkpoint, signature=f"{model.name} {spec.hash} {catalog.content_hash}")
     keeper.restore(loop)
@@ -315,7 +314,7 @@ class _Loop:
         self, network: models.Model, scorer: models.Model, learn: _Source, check: _Source, *, spec: Spec, rate: float
     ) -> None:
         self.network, self.scorer, self.learn, self.check, self.spec = network, scorer, learn, check, spec
-        self.state = _State(Schedule(rate))
+        self.state, self._rate = _State(Schedule(rate)), rate
         self.weights = _changing(network)
         self.best: list[npt.NDArray[Any]] = []
         self._label_weights = _label_weights(learn.labels) if spec.train.class_weights else None
@@ -343,12 +342,16 @@ class _Loop:
                 if progress is not None:
                     progress(step + 1, -(-len(self.learn.labels) // spec.batch_size))
             if not np.isfinite(state.loss_sum):
-                self._refuse_nan()
-                return
+                break
             row = self._end_epoch(started)
             keeper.save(self)
             if on_epoch is not None:
                 on_epoch(row)
+        if not self.best:
+            raise RunError(
+                f"No epoch of {self.network.name} ended with a loss that is a number; "
+                f"lower {self.network.name}.learning_rate (now {self._rate:g}) and run again."
+            )
 
     def _steps(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
         """Return the steps of this epoch that are still to do."""
@@ -383,18 +386,11 @@ class _Loop:
         ]
         state.rows.append(row)
         if state.schedule.update(val_loss, epoch=state.epoch, spec=self.spec.train):
-            self.best = [np.array(weight) for weight in self.weights]
+            self.best = [keras.ops.convert_to_numpy(weight) for weight in self.weights]
         self.network.optimizer.learning_rate = state.schedule.learning_rate
         state.epoch, state.step, state.images_seen = state.epoch + 1, 0, 0
         state.loss_sum = state.right_sum = state.seconds = 0.0
         return dict(zip(HISTORY_COLUMNS, row, strict=True))
-
-    def _refuse_nan(self) -> None:
-        if not self.best:
-            raise RunError(
-                f"The training loss of {self.network.name} is not a number in epoch 1; "
-                f"lower {self.network.name}.learning_rate (now {self.state.schedule.learning_rate:g}) and run again."
-            )
 
     def restore_best(self) -> None:
         """Give the model the weights of its best epoch, where there is one."""
@@ -435,17 +431,21 @@ class _Keeper:
     def save(self, loop: _Loop) -> None:
         if self._path is None:
             return
-        arrays: dict[str, Any] = {f"weight-{index}": np.array(value) for index, value in enumerate(loop.weights)}
+        arrays: dict[str, Any] = {
+            f"weight-{index}": keras.ops.convert_to_numpy(value) for index, value in enumerate(loop.weights)
+        }
         arrays |= {
-            f"optimizer-{index}": np.array(value) for index, value in enumerate(loop.network.optimizer.variables)
+            f"optimizer-{index}": keras.ops.convert_to_numpy(value)
+            for index, value in enumerate(loop.network.optimizer.variables)
         }
         arrays |= {f"best-{index}": value for index, value in enumerate(loop.best)}
         state = json.dumps({"signature": self._signature, **asdict(loop.state)})
         buffer = io.BytesIO()
         np.savez(buffer, state=np.frombuffer(state.encode(), dtype=np.uint8), **arrays)
+        data = buffer.getvalue()
         if self._path.exists():
             os.replace(self._path, self._previous)
-        _files.write_bytes(self._path, buffer.getvalue())
+        _files.write_bytes(self._path, data + _files.sha256_of(data).encode())
 
     @property
     def _previous(self) -> Path:
@@ -456,13 +456,13 @@ class _Keeper:
         if self._path is None:
             return
         for path in (self._path, self._previous):
-            try:
-                with np.load(path, allow_pickle=False) as archive:
-                    arrays = {name: archive[name] for name in archive.files}
-            except (OSError, ValueError, zipfile.BadZipFile):  # absent, or damaged: its checksums say so
-                continue
-            self._apply(loop, arrays)
-            return
+            content = path.read_bytes() if path.exists() else b""
+            data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+            if _files.sha256_of(data).encode() == digest:
+                with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                    self._apply(loop, {name: archive[name] for name in archive.files})
+                return
+            path.unlink(missing_ok=True)  # damaged: `save` must not put it in the place of the whole one
 
     def _apply(self, loop: _Loop, arrays: dict[str, npt.NDArray[Any]]) -> None:
         content = json.loads(arrays["state"].tobytes())
