@@ -1,10 +1,11 @@
 """pneumoscope beside the plain Keras procedure, on the same images, in one run on one machine.
 
-    make bench                                  (or: python benchmarks/bench.py --data FOLDER --only cnn-224 evaluation)
+    make bench
+    python benchmarks/bench.py --data FOLDER --only cnn-224 evaluation
 
-Prints a table and writes ``benchmarks/out/results.json``. Where a row is extrapolated it says how: plain epochs are scaled
-up from measured batches, our 50-epoch schedules from a whole feature extraction and measured epochs. Weights are random:
-the time of a forward pass does not depend on them.
+Prints a table and writes ``benchmarks/out/results.json``. Where a row is extrapolated it says how: plain epochs are
+scaled up from measured batches, our 50-epoch schedules from a whole feature extraction and measured epochs. Weights are
+random: the time of a forward pass does not depend on them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--images 5000 100000]
 
-Each stage of each size runs in a process of its own with the smoke preset's network at 64 px. Anonymous memory (RssAnon) is
-what a process must hold; pages of memory-mapped files, which the system can drop at any time, are not counted. Images are
-noise in .npy form inside one .npz file: this measures memory, nothing else.
+Each stage of each size runs in a process of its own with the smoke preset's networks at 64 px. Anonymous memory (RssAnon)
+is what a process must hold; pages of memory-mapped files, which the system can drop at any time, are not counted. Images
+are noise in class folders: this measures memory, nothing else.
 """
 
 from __future__ import annotations
@@ -17,28 +17,23 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 STAGES = ("pack", "features", "training", "evaluation")
 
 
-def write_images(path: Path, n: int) -> None:
-    """Write n different 64 x 64 pictures as PNG files in class folders inside an archive."""
-    import io
-
-    from PIL import Image
-
+def write_images(folder: Path, n: int) -> None:
+    """Write n different 64 x 64 pictures in the Kaggle layout."""
     generator = np.random.default_rng(n)
-    with zipfile.ZipFile(path, "w") as archive:
-        for index in range(n):
-            label = ("NORMAL", "PNEUMONIA")[index % 2]
-            split = "test" if index % 5 == 0 else "train"
-            buffer = io.BytesIO()
-            Image.fromarray(generator.integers(0, 255, (64, 64), dtype=np.uint8)).save(buffer, "PNG", compress_level=0)
-            archive.writestr(f"{split}/{label}/{label}-{index}-0001.png", buffer.getvalue())
+    for index in range(n):
+        label = ("NORMAL", "PNEUMONIA")[index % 2]
+        target = folder / ("test" if index % 5 == 0 else "train") / label
+        target.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(generator.integers(0, 255, (64, 64), dtype=np.uint8))
+        picture.save(target / f"{label}-{index}-0001.png", compress_level=0)
 
 
 def measure(stage: str, data: Path) -> None:
@@ -88,7 +83,7 @@ def main() -> None:
     peaks: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for n in given.images:
-            data = Path(folder) / f"{n}.zip"
+            data = Path(folder) / str(n)
             write_images(data, n)
             peaks[n] = {}
             for stage in STAGES:

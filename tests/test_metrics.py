@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +167,7 @@ def test_youden_is_the_best_of_all_midpoints(case: Case) -> None:
     labels, scores = case
     distinct = sorted(set(scores.tolist()))
     edges = [-1.0, *distinct, 1.0]
-    midpoints = [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    midpoints = [(low + high) / 2 for low, high in pairwise(edges)]
 
     def worth(threshold: float) -> tuple[Fraction, Fraction]:
         fpr, tpr = rates(labels, scores, threshold)

@@ -36,7 +36,7 @@ def test_rows_are_joined_with_their_scores_in_order() -> None:
     assert table["image_id"].tolist() == before["image_id"].tolist()
     assert table["split"].tolist() == ["test"] * 3
     assert table["score"].tolist() == [0.75, 0.25, 0.5]
-    assert (table["label"].dtype, table["score"].dtype, table["probability"].dtype) == (np.int8, np.float32, np.float32)
+    assert [str(table[name].dtype) for name in ("label", "score", "probability")] == ["int8", "float32", "float32"]
     assert table["probability"].isna().all()
     pd.testing.assert_frame_equal(rows, before)
     assert len(predictions) == 3

@@ -393,7 +393,7 @@ def test_the_manifest_of_something_else_does_not_open(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path} was packed by decoder None, this is 1; pack the images again."
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "other bytes", "pickle"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "other bytes", "header", "archive", "pickle"])
 def test_damaged_pixels_do_not_open(catalog: Catalog, damage: str) -> None:
     folder = ImageStore.pack(catalog, size_px=SIZE).folder
     file = folder / "images.npy"
@@ -401,8 +401,12 @@ def test_damaged_pixels_do_not_open(catalog: Catalog, damage: str) -> None:
     file.unlink()
     if damage == "pickle":
         np.save(file, np.array([{"code": "could run"}], dtype=object), allow_pickle=True)
+    elif damage == "archive":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("images.npy", data)
     elif damage != "missing":
-        file.write_bytes({"empty": b"", "half": data[: len(data) // 2], "other bytes": b"x" * len(data)}[damage])
+        bad = {"empty": b"", "half": data[: len(data) // 2], "other bytes": b"x" * len(data)}
+        file.write_bytes((bad | {"header": data.replace(b"}", b" ", 1)})[damage])
     with pytest.raises(StoreError) as caught:
         ImageStore.open(folder)
     assert str(caught.value).startswith(f"{folder} is damaged (")

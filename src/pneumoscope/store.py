@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Self
 
 import numpy as np
@@ -126,7 +127,7 @@ class ImageStore:
             )
         try:
             array = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # np.load would also open archives
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, SyntaxError, TokenError) as error:  # a header is parsed as Python
             raise StoreError(f"{folder} is damaged ({error}); delete it and pack again.") from error
         shape = (len(manifest["image_ids"]), manifest["size_px"], manifest["size_px"])
         if array.shape != shape or array.dtype != np.uint8:
