@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--images 5000 100000]
 
-Each stage of each size runs in a process of its own with the smoke preset's networks at 64 px. Anonymous memory (RssAnon)
-is what a process must hold; pages of memory-mapped files, which the system can drop at any time, are not counted. Images
-are noise in class folders: this measures memory, nothing else.
+Each stage of each size runs in a process of its own with the smoke preset's networks at 64 px. Anonymous memory
+(RssAnon) is what a process must hold; pages of memory-mapped files, which the system can drop at any time, are not
+counted. Images are noise in class folders: this measures memory, nothing else.
 """
 
 from __future__ import annotations

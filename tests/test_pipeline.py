@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -247,9 +247,7 @@ def test_scores_are_of_the_catalogs_images_each_once(smoke: Finished, model: str
         assert scored["y_scores"].between(0, 1).all()
 
 
-def test_the_saved_models_give_the_tables_scores(
-    smoke: Finished, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_saved_models_give_the_tables_scores(smoke: Finished) -> None:
     spec = Spec.from_toml(smoke.folder / "spec.toml")
     catalog = Catalog.read(smoke.folder / "catalog.csv", root=smoke.data)
     store = ImageStore.pack(catalog, size_px=spec.image.size_px)
@@ -403,7 +401,7 @@ def stopping_after(calls: int) -> Callable[[], bool]:
 
 
 @pytest.fixture(scope="module")
-def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of cnn and tl that was stopped after the first of the three steps that tl takes in its epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
@@ -411,7 +409,7 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         message = "^Stopped in epoch 1, step 1, on request; run the same command with --resume.$"
         with pytest.raises(StoppedEarly, match=message):
             pipeline.run(spec_of("models=cnn,tl"), data, folder / "run", stop=stopping_after(4))
-    yield folder / "run"
+    return folder / "run"
 
 
 @pytest.fixture

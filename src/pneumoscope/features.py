@@ -137,6 +137,7 @@ def _key(cut: str, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec)
         "cut": cut,
         "views": spec.features.views,
         "dtype": spec.features.dtype,
+        "precision": spec.train.precision,
         "keras": keras.__version__,
         "backend": keras.config.backend(),
         **views,

@@ -53,7 +53,12 @@ def build(approach: str, spec: Spec) -> Model:
     if approach not in _BUILDERS:
         raise SpecError(f"There is no approach {approach!r}; choose one of {', '.join(_BUILDERS)}.")
     keras.utils.set_random_seed(spec.seed)  # initial weights and dropout; the same whatever was built before
-    return _BUILDERS[approach](spec)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16" if spec.train.precision == "bfloat16" else "float32")
+    try:
+        return _BUILDERS[approach](spec)
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def cnn(spec: Spec) -> Model:
@@ -171,8 +176,8 @@ def _on_backbone(spec: Spec, *, trainable: int, name: str) -> Model:
 def _head(image: Any, x: Any, *, units: int, dropout: float, name: str) -> Model:
     x = layers.Dense(units, activation="relu", name="head")(x)
     x = layers.Dropout(dropout, name="head_dropout")(x)
-    logit = layers.Dense(1, name="logit")(x)
-    return keras.Model(image, layers.Activation("sigmoid", name="score")(logit), name=name)
+    logit = layers.Dense(1, name="logit", dtype="float32")(x)
+    return keras.Model(image, layers.Activation("sigmoid", name="score", dtype="float32")(logit), name=name)
 
 
 def cut(model: Model) -> str | None:

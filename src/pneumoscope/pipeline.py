@@ -44,6 +44,8 @@ TITLES: Mapping[str, str] = {
     "ft": "Fine-tuning",
 }
 SAMPLES = 12
+WHOLE_LOSS_TOLERANCE = 0.005
+"""Between the loss of the trained tail on stored float16 features and that of the whole saved model, in nats."""
 
 
 def run(
@@ -348,7 +350,18 @@ class _Job:
                 }
                 for split, part in parts.items():
                     self.write_scores(name, part, evaluations[name][split])
+                self._check_whole(name, evaluations[name]["validation"])
         return evaluations
+
+    def _check_whole(self, name: str, validation: Evaluation) -> None:
+        """Refuse a saved model that does not score as the tail that was trained on stored features did."""
+        trained = min(float(row["val_loss"]) for row in _files.read_csv(self.run.table_path(name, "loss_per_epoch")))
+        if validation.loss is None or abs(validation.loss - trained) > WHOLE_LOSS_TOLERANCE:
+            raise RunError(
+                f"The saved model {self.run.model_path(name)} has a validation loss of {validation.loss}, while "
+                f"training saw {trained}; the stored features do not fit it: run pneumoscope cache --clean and train "
+                "it again."
+            )
 
     def score(self, name: str, path: Path, split: str) -> Predictions:
         model = inference.load_model(path, approach=name, spec=self.spec)
@@ -474,7 +487,7 @@ def _draw_data(catalog: Catalog, store: ImageStore, target: Run, *, note: str, s
     is_test = usable["split"] == "test"
     for name, part in (("train", usable[~is_test]), ("test", usable[is_test])):
         counts = {label: int((part["label"] == index).sum()) for index, label in enumerate(LABELS)}
-        title = f"{name.capitalize()} images: {len(part):,}"
+        title = {"train": "Training images", "test": "Test images"}[name]
         bars = figures.class_bars(counts, title=title, note=note)
         figures.save(bars, target.figure_path(f"{name}_data_dist_barplot"))
         figures.save(figures.class_pie(counts, title=title, note=note), target.figure_path(f"{name}_data_dist_pieplot"))

@@ -123,6 +123,8 @@ class TrainSpec(_Part):
         Images in a step.
     threads : int
         CPU threads of the backend; 0 takes all cores. Another number can change results in the last digits.
+    precision : {"float32", "bfloat16"}
+        Of the arithmetic in convolutions and dense layers; weights are float32 in either case.
     class_weights : bool
         Weigh each label by n / (2 n_label) in the loss.
     patience : int
@@ -140,6 +142,7 @@ class TrainSpec(_Part):
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=32, ge=1)
     threads: int = Field(default=0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
     class_weights: bool = False
     patience: int = Field(default=5, ge=1)
     min_delta: float = Field(default=1e-7, ge=0)

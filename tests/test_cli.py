@@ -1,0 +1,865 @@
+"""The command line: what each verb prints and leaves, and for every mistake one sentence and the right exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from pneumoscope import cli, phantom
+from pneumoscope.specs import Spec, valid_keys
+
+VERBS = ("demo", "run", "inspect", "pack", "models", "evaluate", "cache", "doctor", "fetch")
+SETTINGS = (
+    *("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32"),
+    *("--set", "train.epochs=30", "--set", "train.batch_size=4", "--set", "train.patience=30"),
+)
+"""One second of training in thirty epochs, so that a signal arrives in the middle."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a call ended with."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+Call = Callable[..., Done]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the command line in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["pneumoscope", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Done(end.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def refused(call: Call) -> Callable[..., str]:
+    """Call the command line and return its one sentence."""
+
+    def run(*arguments: object, status: int) -> str:
+        done = call(*arguments)
+        assert done.status == status, done
+        assert re.fullmatch(r"pneumoscope: \S[^\n]*\.\n", done.stderr), done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+        return done.stderr.removeprefix("pneumoscope: ").removesuffix("\n")
+
+    return run
+
+
+def started(*arguments: object, cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pneumoscope", *map(str, arguments)],
+        env=os.environ | {"PNEUMOSCOPE_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=300)
+    return Done(process.returncode, out, err)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def files_under(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def row_of(done: Done, name: str) -> list[str]:
+    """Return the words of the table row that begins with a name."""
+    return next(line.split() for line in done.stdout.splitlines() if line.split()[:1] == [name])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantom.write_dataset(tmp_path_factory.mktemp("data") / "chest", n_train=44, n_test=16, size_px=96)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A run of the cnn that nothing disturbed, and what it said."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = ended(started("run", data, "-o", folder / "run", *SETTINGS, cache=folder / "cache"))
+    assert done.status == 0, done.stderr
+    return folder / "run", done
+
+
+@pytest.fixture
+def finished_copy(finished: tuple[Path, Done], tmp_path: Path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_its_epochs_and_results_and_nothing_on_stderr(finished: tuple[Path, Done]) -> None:
+    folder, done = finished
+    assert done.stderr == ""
+    assert not {"\x1b", "\r", "\b"} & set(done.stdout)
+    lines = done.stdout.splitlines()
+    epochs = [
+        re.match(r"  cnn epoch +(\d+)/30: loss \d+\.\d{4}, accuracy \d\.\d{4}, val_loss \d+\.\d{4}, ", line)
+        for line in lines
+    ]
+    assert [int(found[1]) for found in epochs if found] == list(range(1, 31))
+    figures = read_json(folder / "metrics.json")["models"]["cnn"]["test"]
+    row = lines[lines.index("Results on test - SYNTHETIC DATA") + 2].split()
+    assert row[:7] == [
+        "cnn",
+        str(figures["n"]),
+        *(f"{figures[name]:.4f}" for name in ("loss", "auc", "accuracy")),
+        str(figures["false_negatives"]),
+        str(figures["false_positives"]),
+    ]
+    assert lines[-2].endswith(f"Everything is in {folder}; the figures of merit are in {folder / 'metrics.json'}.")
+
+
+def test_the_settings_of_a_call_stand_in_the_spec(finished: tuple[Path, Done]) -> None:
+    spec = Spec.from_toml(finished[0] / "spec.toml")
+    assert (spec.preset, spec.models) == ("smoke", ("cnn",))
+    assert (spec.image.size_px, spec.train.epochs, spec.train.batch_size, spec.train.patience) == (32, 30, 4, 30)
+
+
+def test_a_finished_run_is_not_overwritten(
+    finished: tuple[Path, Done], data: Path, call: Call, refused: Callable[..., str]
+) -> None:
+    folder = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    text = refused("run", data, "-o", folder, *SETTINGS, status=1)
+    assert text == f"{folder} already holds a run (finished); go on with --resume, or choose a new folder with -o."
+    assert call("run", data, "-o", folder, *SETTINGS, "--resume") == Done(0, f"{folder} is finished already.\n", "")
+    text = refused("run", data, "-o", folder, *SETTINGS, "--set", "train.epochs=31", "--resume", status=1)
+    assert text == (
+        f"{folder} was begun with another configuration (different: train); "
+        "use the same one to go on, or choose a new folder with -o."
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_sigterm_stops_a_run_that_resume_ends_as_if_nothing_had_been(
+    finished: tuple[Path, Done], data: Path, tmp_path: Path
+) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    process = started("run", data, "-o", folder, *SETTINGS, cache=cache)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("  cnn epoch"))
+    process.send_signal(signal.SIGTERM)
+    done = ended(process)
+    assert done.status == 75
+    sentence = r"Stopped in epoch (\d+), step \d+, on request; run the same command with --resume\."
+    found = re.fullmatch(f"pneumoscope: {sentence}\n", done.stderr)
+    assert found, done.stderr
+    assert 2 <= int(found[1]) <= 30
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["status"] == "stopped"
+    assert re.fullmatch(sentence, manifest["error"])
+    assert not (folder / "metrics.json").exists()
+
+    done = ended(started("run", data, "-o", folder, *SETTINGS, "--resume", cache=cache))
+    assert (done.status, done.stderr) == (0, "")
+    assert f"  cnn epoch {int(found[1]):>2}/30" in done.stdout
+    assert "  cnn epoch  1/30" not in done.stdout
+    assert files_under(folder) == files_under(finished[0])
+    same = ["metrics.json", "metrics.csv", "catalog.csv", "spec.toml"]
+    same += [f"tables/{path.name}" for path in sorted((folder / "tables").iterdir())]
+    for name in same:
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert read_json(folder / "manifest.json")["status"] == "finished"
+    assert read_json(folder / "manifest.json")["error"] is None
+
+
+def test_a_second_ctrl_c_ends_at_once_without_a_traceback(data: Path, tmp_path: Path) -> None:
+    process = started("run", data, "-o", tmp_path / "run", *SETTINGS, cache=tmp_path / "cache")
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("Drawing the data"))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert "Traceback" not in done.stderr
+    # where both arrive between two bytecodes they count as one wish, and the run stops at its first step
+    assert done.status in (130, 75)
+    assert read_json(tmp_path / "run" / "manifest.json")["status"] == "stopped"
+
+
+def test_resume_starts_fresh_where_there_is_nothing_and_json_events_come_in_order(
+    data: Path, tmp_path: Path, call: Call
+) -> None:
+    folder = tmp_path / "run"
+    small = ("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32", "--set", "train.epochs=2")
+    done = call("run", data, "-o", folder, *small, "--resume", "--json")
+    assert (done.status, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(list(event)[:2] == ["event", "time"] for event in events)
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    titles = [event["title"] for event in events if event["event"] in ("stage", "table")]
+    assert titles == [
+        f"Reading {data}",
+        "Packing the images",
+        "Images",
+        "Drawing the data",
+        "Training cnn (CNN from scratch)",
+        "Scoring cnn",
+        "Results on validation - SYNTHETIC DATA",
+        "Results on test - SYNTHETIC DATA",
+    ]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [(event["model"], event["epoch"]) for event in epochs] == [("cnn", 1), ("cnn", 2)]
+    history = pd.read_csv(folder / "tables" / "cnn_loss_per_epoch.csv")
+    assert [event["val_loss"] for event in epochs] == list(history["val_loss"])
+    results = next(event for event in events if event.get("title") == "Results on test - SYNTHETIC DATA")
+    figures = read_json(folder / "metrics.json")["models"]["cnn"]["test"]
+    (row,) = results["rows"]
+    assert (row[results["columns"].index("model")], row[results["columns"].index("AUC")]) == (
+        "cnn",
+        f"{figures['auc']:.4f}",
+    )
+    assert events[-1]["text"] == "Research use only, not a medical device. SYNTHETIC DATA."
+
+
+def test_the_tutorial_preset_runs_small_and_says_where_it_is_fragile(data: Path, tmp_path: Path, call: Call) -> None:
+    settings = ["backbone.weights=none", "train.epochs=3", "image.size_px=32"]
+    # a gain of 10 nats is never made: training ends after the second epoch with the weights of the first
+    settings += ["train.patience=1", "train.min_delta=10"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = call("run", data, "-o", tmp_path / "run", "--preset", "tutorial", *options, "--models", "cnn")
+    assert (done.status, done.stderr) == (0, "")
+    assert "  cnn: stopped early, the weights of epoch 1 are kept." in done.stdout.splitlines()
+    assert (
+        "Warning: cnn kept its very first epoch: with this BatchNormalization momentum the validation loss rises at "
+        "first, and early stopping took that for the end; preset default mends it (cnn.momentum=0.9)."
+    ) in done.stdout.splitlines()
+    assert "RANDOM WEIGHTS" not in done.stdout  # no backbone was used
+    assert list(pd.read_csv(tmp_path / "run" / "tables" / "cnn_loss_per_epoch.csv")["epoch"]) == [1, 2]
+    table = pd.read_csv(tmp_path / "run" / "catalog.csv")
+    assert (table["split"] == "validation").sum() == int(0.2 * 44)
+    assert Spec.from_toml(tmp_path / "run" / "spec.toml").split.by == "image"
+
+
+@pytest.mark.slow
+def test_the_tutorial_preset_at_full_size_saves_models_of_the_published_sizes(
+    data: Path, tmp_path: Path, call: Call
+) -> None:
+    import h5py  # comes with Keras
+
+    few = phantom.write_dataset(tmp_path / "few", n_train=32, n_test=8, size_px=224)
+    settings = ("--set", "backbone.weights=none", "--set", "train.epochs=1")
+    done = call("run", few, "-o", tmp_path / "run", "--preset", "tutorial", *settings)
+    assert (done.status, done.stderr) == (0, "")
+    assert "Results on test - SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS" in done.stdout.splitlines()
+    head = 2048 * 128 + 128 + 128 + 1
+    sizes = {"cnn": 2_621_089, "tl": 58_331_648 + head, "ft": 58_331_648 + head}
+    for model, expected in sizes.items():
+        held: list[int] = []
+
+        def count(_: str, item: object, held: list[int] = held) -> None:
+            held.append(getattr(item, "size", 0))  # a group has none
+
+        with zipfile.ZipFile(tmp_path / "run" / "models" / f"{model}.keras") as archive:
+            with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+                file["layers"].visititems(count)
+        assert sum(held) == expected, model
+    shown = call("models", "--preset", "tutorial")
+    assert row_of(shown, "cnn")[-3:] == ["2,621,089", "2,620,865", "-"]
+    assert row_of(shown, "tl")[-3:-1] == [f"{58_331_648 + head:,}", f"{head:,}"]
+    assert row_of(shown, "ft")[-3:] == [f"{58_331_648 + head:,}", "4,731,137", "conv5_block2_out"]
+    listing = call("models", "--preset", "tutorial", "--model", "ft").stdout.splitlines()
+    rows = [line.split() for line in listing if line.split()[:1] and line.split()[0].isdigit()]
+    names = [row[1] for row in rows]
+    last = names[names.index("conv5_block3_preact_bn") : names.index("post_relu") + 1]
+    assert len(last) == 13
+
+
+# --- images that are none --------------------------------------------------------------------------------------------
+
+
+def black_png(side_px: int) -> bytes:
+    """A whole, valid PNG: one bit a pixel, all black."""
+    line = b"\0" * (1 + (side_px + 7) // 8)
+    packer = zlib.compressobj(1)
+    packed = b"".join(packer.compress(line) for _ in range(side_px)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
+    framed = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def test_damaged_and_hostile_files_are_listed_and_never_stop_a_run(data: Path, tmp_path: Path, call: Call) -> None:
+    given = shutil.copytree(data, tmp_path / "set")
+    good = next(iter(sorted((given / "train" / "PNEUMONIA").iterdir()))).read_bytes()
+    vast = black_png(30_000)
+    assert len(vast) < 1_000_000
+    bad = {
+        "train/PNEUMONIA/person900_virus_1.jpeg": (good[: len(good) // 2], "truncated"),
+        "train/NORMAL/IM-0901-0001.jpeg": (b"<html>not found</html>", "not an image"),
+        "train/NORMAL/IM-0902-0001.jpeg": (b"", "empty file"),
+        "test/PNEUMONIA/person903_bacteria_1.png": (vast, "too large"),
+    }
+    for name, (content, _) in bad.items():
+        (given / name).write_bytes(content)
+    folder = tmp_path / "run"
+    small = ("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32")
+    done = call("run", given, "-o", folder, *small)
+    assert (done.status, done.stderr) == (0, "")
+    (warning,) = [line for line in done.stdout.splitlines() if "left out" in line]
+    assert warning.startswith("Warning: 4 files are left out (")
+    assert warning.endswith("); catalog.csv lists them.")
+    for _, reason in bad.values():
+        assert f"1 {reason}" in warning
+    table = pd.read_csv(folder / "catalog.csv", keep_default_na=False).set_index("path")
+    assert table[table["status"] != "ok"]["status"].to_dict() == {name: reason for name, (_, reason) in bad.items()}
+    usable = table[table["status"] == "ok"]
+    assert row_of(done, "all")[1:] == [str(n) for n in (sum(usable["label"] == 0), sum(usable["label"] == 1), 60)]
+    scored = [pd.read_csv(folder / "tables" / f"cnn_{split}_yscores.csv") for split in ("validation", "test")]
+    assert not set(bad) & set(pd.concat(scored)["path"])
+    assert read_json(folder / "metrics.json")["models"]["cnn"]["test"]["n"] == 16
+
+
+# --- mistakes: one sentence each -------------------------------------------------------------------------------------
+
+SMALL = ("--preset", "smoke", "--models", "cnn")
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect", "pack"])
+def test_a_missing_folder_is_named(verb: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    text = refused(verb, tmp_path / "nowhere", "-o", tmp_path / "out", status=1)
+    assert text == f"There is no file or folder '{tmp_path / 'nowhere'}'; check the path."
+
+
+def test_an_empty_folder_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "empty").mkdir()
+    text = refused("run", tmp_path / "empty", "-o", tmp_path / "out", *SMALL, status=1)
+    assert text.startswith(f"{tmp_path / 'empty'} holds no images (found nothing")
+    assert "NORMAL/ and PNEUMONIA/" in text
+
+
+def test_one_class_only_is_not_learned_from(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    shutil.copytree(data / "train" / "NORMAL", tmp_path / "set" / "NORMAL")
+    text = refused("run", tmp_path / "set", "-o", tmp_path / "out", *SMALL, status=1)
+    assert text.startswith(f"The train images of {tmp_path / 'set'} hold no usable PNEUMONIA image (")
+    assert text.endswith("but a model learns from both classes; add images, or name their folder in data.classes.")
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert (manifest["status"], manifest["error"]) == ("failed", text)
+
+
+def test_an_empty_class_folder_is_not_learned_from(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    given = shutil.copytree(data, tmp_path / "set")
+    for path in (given / "train" / "NORMAL").iterdir():
+        path.unlink()
+    text = refused("run", given, "-o", tmp_path / "out", *SMALL, status=1)
+    assert text.startswith(f"The train images of {given} hold no usable NORMAL image (")
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(
+    data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    text = refused("run", data, "-o", tmp_path / "out", "--preset", "quick", status=2)
+    assert text == "There is no preset 'quick'; choose one of default, tutorial, smoke, demo."
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("train.epoch=1", "--set: there is no key 'train.epoch'; did you mean train.epochs? Valid keys: KEYS."),
+        ("nonsense=1", "--set: there is no key 'nonsense'; Valid keys: KEYS."),
+        (
+            "train.epochs=0",
+            "--set: train.epochs = 0 is not valid: input should be greater than or equal to 1; change it.",
+        ),
+        ("train.epochs", "--set 'train.epochs' has no '='; write it as KEY=VALUE, for example train.epochs=3."),
+        ("preset=tutorial", "--set cannot change the preset; write --preset tutorial instead."),
+    ],
+)
+def test_a_setting_that_is_wrong_is_explained(
+    option: str, text: str, data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    found = refused("run", data, "-o", tmp_path / "out", "--set", option, status=2)
+    assert found == text.replace("KEYS", ", ".join(valid_keys()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("models", "name"), [("cnn,vgg", "vgg"), ("", ""), ("CNN", "CNN")])
+def test_an_unknown_approach_is_refused_with_the_known_ones(
+    models: str, name: str, data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    text = refused("run", data, "-o", tmp_path / "out", "--models", models, status=2)
+    assert text == f"There is no approach {name!r}; choose from cnn, tl, ft."
+    assert refused("models", "--model", "vgg", status=2) == "There is no approach 'vgg'; choose from cnn, tl, ft."
+
+
+def test_a_configuration_that_is_wrong_is_explained(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    config = tmp_path / "my.toml"
+
+    def sentence() -> str:
+        return refused("run", data, "-o", tmp_path / "out", "--config", config, status=2)
+
+    assert sentence() == f"There is no configuration file {config}; check the path."
+    config.write_text("train = = 3", encoding="utf-8")
+    assert re.fullmatch(
+        rf"{re.escape(str(config))} is not a TOML file \(.+\); mend it or leave --config away\.", sentence()
+    )
+    config.write_text("[train]\nepoch = 3\n", encoding="utf-8")
+    keys = ", ".join(valid_keys())
+    assert sentence() == f"{config}: there is no key 'train.epoch'; did you mean train.epochs? Valid keys: {keys}."
+    config.write_text("[train]\nepochs = 0\n", encoding="utf-8")
+    assert sentence().startswith(f"{config}: train.epochs = 0 is not valid: ")
+
+
+def test_a_configuration_file_sets_a_run(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text('preset = "tutorial"\nmodels = ["tl"]\n[backbone]\nname = "none_such"\n', encoding="utf-8")
+    text = refused("run", data, "-o", tmp_path / "out", "--config", config, status=2)
+    assert text.startswith("There is no backbone 'none_such'; set backbone.name to one of efficientnet_lite0, ")
+
+
+def test_an_output_that_cannot_be_written_is_named(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("precious", encoding="utf-8")
+    text = refused("run", data, "-o", in_the_way, *SMALL, status=1)
+    assert text == f"Cannot write the run to {in_the_way}: File exists; choose a folder you may write to with -o."
+    text = refused("run", data, "-o", in_the_way / "run", *SMALL, status=1)
+    assert text == (
+        f"Cannot write the run to {in_the_way / 'run'}: Not a directory; choose a folder you may write to with -o."
+    )
+    assert in_the_way.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_folder_that_holds_something_else_is_left_alone(
+    more: tuple[str, ...], data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious", encoding="utf-8")
+    text = refused("run", data, "-o", folder, *SMALL, *more, status=1)
+    assert text == f"{folder} is not empty and holds no run (found 'thesis.txt'); choose a new folder with -o."
+    assert files_under(folder) == {"thesis.txt"}
+
+
+def test_missing_weights_name_the_command_that_fetches_them(
+    data: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    text = refused("run", data, "-o", tmp_path / "out", "--preset", "tutorial", status=1)
+    assert text.startswith("The ImageNet weights of resnet152v2 are not here")
+    assert "run 'pneumoscope fetch weights resnet152v2' on a machine with network access" in text
+    assert text.endswith("or set backbone.name to efficientnet_lite0, which needs no download.")
+    assert files_under(tmp_path / "out") == {"manifest.json", "run.log"}  # said before any work
+
+
+def test_a_cache_that_is_a_file_is_named(
+    data: Path, tmp_path: Path, refused: Callable[..., str], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious", encoding="utf-8")
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(file))
+    text = refused("pack", data, status=1)
+    assert re.fullmatch(
+        rf"Cannot write {re.escape(str(file))}/images-\w{{16}}: File exists; "
+        r"free space, or set PNEUMOSCOPE_CACHE to a folder you may write to\.",
+        text,
+    )
+    assert call("doctor").stdout.splitlines()[-1].endswith("free, NOT WRITABLE: set PNEUMOSCOPE_CACHE.")
+    assert file.read_text(encoding="utf-8") == "precious"
+
+
+def test_data_that_are_a_text_file_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no images", encoding="utf-8")
+    text = refused("run", notes, "-o", tmp_path / "out", *SMALL, status=1)
+    assert text.startswith(f"{notes} is neither a folder nor a .zip, .csv or .npz file; ")
+
+
+def test_an_archive_that_climbs_out_is_refused(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(data.rglob("*.jpeg")):
+            file.write(path, path.relative_to(data))
+        file.writestr("../../NORMAL/x.jpeg", b"x")
+    text = refused("run", archive, "-o", tmp_path / "out", *SMALL, status=1)
+    assert text == f"{archive} holds the entry '../../NORMAL/x.jpeg', which points outside it; do not use this archive."
+    assert not list(tmp_path.rglob("x.jpeg"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("run", "images"), "Missing option '--output' / '-o'."),
+        (("run", "-o", "out"), "Missing argument 'DATA'."),
+        (("train", "images"), "No such command 'train'."),
+        (("run", "images", "-o", "out", "--epochs", "3"), "No such option: --epochs"),
+    ],
+)
+def test_a_call_that_is_wrong_shows_how_to_get_help(arguments: tuple[str, ...], text: str, call: Call) -> None:
+    done = call(*arguments)
+    assert (done.status, done.stdout) == (2, "")
+    assert text in done.stderr.replace("{", "").replace("}", "")
+    assert "-h' for help." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- the other verbs -------------------------------------------------------------------------------------------------
+
+
+def test_inspect_leaves_pictures_and_the_list(data: Path, tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "look"
+    done = call("inspect", data, "-o", folder, "--preset", "smoke")
+    assert (done.status, done.stderr) == (0, "")
+    pictures = {
+        f"figures/{split}_{what}.png"
+        for split in ("train", "test")
+        for what in ("samples_normal", "samples_pneumonia", "data_dist_barplot", "data_dist_pieplot")
+    }
+    assert files_under(folder) == {"catalog.csv"} | pictures
+    assert done.stdout.splitlines()[-1] == (
+        f"Pictures are in {folder / 'figures'}, the list of images in {folder / 'catalog.csv'}."
+    )
+    assert row_of(done, "test")[-1] == "16"
+    assert row_of(done, "all")[-1] == "60"
+
+
+def test_a_second_pack_does_nothing(data: Path, tmp_path: Path, call: Call) -> None:
+    first = call("pack", data, "-o", tmp_path / "store", "--set", "image.size_px=48")
+    (folder,) = (tmp_path / "store").iterdir()
+    said = f"60 distinct images of 48 x 48 pixels are in {folder}"
+    assert (first.status, first.stdout.splitlines()[-1]) == (0, f"{said}.")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+    second = call("pack", data, "-o", tmp_path / "store", "--set", "image.size_px=48", "--json")
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before
+    event = json.loads(second.stdout.splitlines()[-1])
+    assert (event["event"], event["folder"], event["images"], event["rejected"]) == ("packed", str(folder), 60, {})
+
+
+def test_pack_uses_the_cache_and_counts_what_cannot_be_decoded(
+    data: Path, tmp_path: Path, call: Call, own_cache: Path
+) -> None:
+    given = shutil.copytree(data, tmp_path / "set")
+    path = next(iter(sorted((given / "train" / "NORMAL").iterdir())))
+    path.write_bytes(path.read_bytes()[:-900])
+    done = call("pack", given, "--set", "image.size_px=32")
+    (folder,) = own_cache.iterdir()
+    assert done.stdout.splitlines()[-1] == (
+        f"59 distinct images of 32 x 32 pixels are in {folder}; 1 could not be decoded."
+    )
+
+
+def test_on_a_terminal_there_are_colours_and_no_harm(data: Path, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pneumoscope", "pack", str(data), "-o", str(tmp_path)],
+        stdout=follower,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 4096)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    _, err = process.communicate(timeout=60)
+    os.close(leader)
+    assert (process.returncode, err) == (0, b"")
+    assert b"\x1b[" in shown
+    assert b"Packing the images" in shown
+
+
+def test_models_lists_the_approaches(call: Call) -> None:
+    done = call("models", "--preset", "smoke")
+    assert (done.status, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["Approaches,", "preset", "smoke"]
+    assert lines[1] == ["model", "what", "backbone", "parameters", "train", "cut", "at"]
+    assert [line[0] for line in lines[2:]] == ["cnn", "tl", "ft"]
+    head = 1280 * 128 + 128 + 128 + 1
+    assert row_of(done, "tl")[-3:-1] == [f"{3_413_024 + head:,}", f"{head:,}"]
+    assert row_of(done, "cnn")[4] == "-"
+
+
+def test_models_lists_every_layer_of_one(call: Call) -> None:
+    done = call("models", "--preset", "smoke", "--model", "ft")
+    assert (done.status, done.stderr) == (0, "")
+    title, head, *rows, last = [line.split() for line in done.stdout.splitlines()]
+    assert title == ["ft", "(Fine-tuning),", "preset", "smoke"]
+    assert head == ["number", "name", "kind", "output", "parameters", "trains"]
+    assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
+    by_name = {row[1]: row for row in rows}
+    assert by_name["image"][2:] == ["InputLayer", "64", "x", "64", "x", "1", "0", "no"]
+    assert by_name["head"][2:] == ["Dense", "128", f"{1280 * 128 + 128:,}", "yes"]
+    assert by_name["stem_conv"][2:] == ["Conv2D", "32", "x", "32", "x", "32", "864", "no"]
+    counts = {row[1]: int(row[-2].replace(",", "")) for row in rows}
+    total, trains = sum(counts.values()), int(last[2].replace(",", "")) if last[1] == "parameters," else -1
+    assert last[:2] == [f"{total:,}", "parameters,"]
+    # of a BatchNormalization that trains, half are running means, which do not
+    trained = [counts[row[1]] // (2 if row[2] == "BatchNormalization" else 1) for row in rows if row[-1] == "yes"]
+    assert trains == sum(trained) > 0
+
+
+def test_models_needs_no_weights(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    done = call("models", "--preset", "smoke", "--set", "backbone.name=resnet50v2", "--model", "tl")
+    assert (done.status, done.stderr) == (0, "")
+    assert "post_relu" in done.stdout
+
+
+def test_evaluate_writes_the_same_figures_again(finished_copy: Path, call: Call) -> None:
+    before = (finished_copy / "metrics.json").read_bytes()
+    scores = (finished_copy / "tables" / "cnn_test_yscores.csv").read_bytes()
+    (finished_copy / "metrics.json").write_text("{}", encoding="utf-8")
+    (finished_copy / "tables" / "cnn_test_yscores.csv").unlink()
+    done = call("evaluate", finished_copy)
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"Written to {finished_copy / 'metrics.json'}."
+    assert_close(json.loads(before), read_json(finished_copy / "metrics.json"))
+    again = pd.read_csv(finished_copy / "tables" / "cnn_test_yscores.csv")
+    pd.testing.assert_frame_equal(again, pd.read_csv(io.BytesIO(scores)), rtol=1e-5)
+
+
+def assert_close(expected: object, found: object) -> None:
+    if isinstance(expected, dict):
+        assert isinstance(found, dict)
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_close(value, found[key])
+    else:
+        assert found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+
+
+def test_evaluate_works_from_the_cache_when_the_images_are_away_and_still_says_synthetic(
+    data: Path, tmp_path: Path, call: Call, finished_copy: Path
+) -> None:
+    assert call("pack", data, "--set", "image.size_px=32").status == 0
+    manifest = read_json(finished_copy / "manifest.json")
+    manifest["data"] = str(tmp_path / "unmounted")
+    (finished_copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    done = call("evaluate", finished_copy)
+    assert (done.status, done.stderr) == (0, "")
+    assert read_json(finished_copy / "metrics.json")["note"] == "SYNTHETIC DATA"
+    assert "Results on test - SYNTHETIC DATA" in done.stdout.splitlines()
+
+
+def test_evaluate_scores_other_images_at_the_runs_thresholds(finished_copy: Path, tmp_path: Path, call: Call) -> None:
+    other = phantom.write_dataset(tmp_path / "elsewhere", n_train=12, n_test=8, seed=7, size_px=96)
+    own = {name: (finished_copy / name).read_bytes() for name in files_under(finished_copy)}
+    done = call("evaluate", finished_copy, "--data", other)
+    assert (done.status, done.stderr) == (0, "")
+    place = finished_copy / "evaluations" / "elsewhere"
+    assert done.stdout.splitlines()[-1] == f"Written to {place / 'metrics.json'}."
+    assert files_under(place) == {
+        "metrics.json",
+        "metrics.csv",
+        "tables/cnn_test_yscores.csv",
+        "tables/cnn_test_roc.csv",
+        "figures/cnn_roc_curve_testing.png",
+    }
+    figures = read_json(place / "metrics.json")["models"]["cnn"]["test"]
+    assert figures["n"] == 20  # all of them, whatever folders they lie in
+    chosen = read_json(finished_copy / "metrics.json")["models"]["cnn"]["validation"]["operating_point"]["threshold"]
+    assert figures["operating_point"]["threshold"] == chosen
+    scores = pd.read_csv(place / "tables" / "cnn_test_yscores.csv")
+    called = scores["y_scores"] > chosen
+    assert figures["operating_point"]["false_positives"] == (called & (scores["y_true"] == 0)).sum()
+    assert {name: (finished_copy / name).read_bytes() for name in own} == own
+
+
+def test_evaluate_needs_a_run(tmp_path: Path, data: Path, refused: Callable[..., str]) -> None:
+    text = refused("evaluate", tmp_path / "nowhere", status=1)
+    assert text == (
+        f"{tmp_path / 'nowhere'} is not a run directory (it holds no manifest.json); give the folder that -o named."
+    )
+    refused("run", tmp_path / "nowhere", "-o", tmp_path / "run", status=1)
+    text = refused("evaluate", tmp_path / "run", status=1)
+    assert text == f"The run in {tmp_path / 'run'} is failed, not finished; run its command again with --resume first."
+
+
+@pytest.fixture
+def filled_cache(own_cache: Path) -> Path:
+    made_again = [
+        "images-0123456789abcdef/images.npy",
+        "features-0123456789abcdef/view-0.npy",
+        ".images-0123456789abcdef.x1_y2z.partial/all.npy",
+        ".features-0123456789abcdef.partial/view-0.npy",
+        "demo-images/train/NORMAL/x.jpeg",
+    ]
+    kept = ["weights/net.h5", "images-of-mine/holiday.jpeg", "demo-talk.pdf", "notes.txt"]
+    for name in [*made_again, *kept]:
+        (own_cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_cache / name).write_bytes(b"x" * 1500)
+    return own_cache
+
+
+def test_cache_lists_what_is_stored(filled_cache: Path, call: Call) -> None:
+    before = files_under(filled_cache)
+    done = call("cache")
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == f"Cache in {filled_cache}: 13.5 kB"
+    assert row_of(done, "weights")[1:] == ["1.5", "kB"]
+    assert row_of(done, "images-0123456789abcdef")[1:] == ["1.5", "kB"]
+    assert files_under(filled_cache) == before
+
+
+def test_cache_clean_deletes_only_what_can_be_made_again(filled_cache: Path, call: Call) -> None:
+    done = call("cache", "--clean")
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 5 entries, 7.5 kB.")
+    assert {path.name for path in filled_cache.iterdir()} == {"weights", "images-of-mine", "demo-talk.pdf", "notes.txt"}
+
+
+def test_cache_clean_all_deletes_weights_too_and_nothing_that_is_not_ours(filled_cache: Path, call: Call) -> None:
+    done = call("cache", "--clean", "--all")
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 6 entries, 9.0 kB.")
+    assert {path.name for path in filled_cache.iterdir()} == {"images-of-mine", "demo-talk.pdf", "notes.txt"}
+
+
+def test_an_empty_cache_is_no_error(call: Call, own_cache: Path) -> None:
+    assert call("cache", "--clean").stdout.splitlines()[-1] == "Deleted 0 entries, 0 B."
+    assert not own_cache.exists()
+
+
+def test_what_a_run_leaves_in_the_cache_is_cleaned_away(data: Path, call: Call, own_cache: Path) -> None:
+    call("pack", data)
+    assert [path.name.partition("-")[0] for path in own_cache.iterdir()] == ["images"]
+    call("cache", "--clean")
+    assert list(own_cache.iterdir()) == []
+
+
+def test_doctor_says_what_there_is(
+    call: Call, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    done = call("doctor")
+    assert (done.status, done.stderr) == (0, "")
+    first, *_, last = done.stdout.splitlines()
+    assert re.match(r"Backend: (tensorflow|jax|torch) on .+, \d+ threads \(python 3\.\d+\.\d+, keras 3\.", first)
+    assert Path(row_of(done, "efficientnet_lite0")[1]).is_file()
+    assert row_of(done, "resnet152v2")[1:] == ["missing:", "pneumoscope", "fetch", "weights", "resnet152v2"]
+    assert re.fullmatch(rf"Cache: {re.escape(str(own_cache))}, \d+\.\d [GT]B free, writable\.", last)
+
+
+def test_fetching_unknown_weights_names_the_known_ones(refused: Callable[..., str]) -> None:
+    text = refused("fetch", "weights", "vgg16", status=2)
+    assert text.startswith(
+        "There is no backbone 'vgg16'; set backbone.name to one of efficientnet_lite0, resnet152v2, "
+    )
+
+
+def test_weights_that_are_here_are_not_fetched_again(call: Call) -> None:
+    done = call("fetch", "weights", "efficientnet_lite0")
+    assert (done.status, done.stderr) == (0, "")
+    name, _, path = done.stdout.rstrip("\n").partition(": ")
+    assert (name, Path(path).is_file()) == ("efficientnet_lite0", True)
+
+
+def test_demo_never_removes_a_run_of_the_users(
+    finished_copy: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = phantom.write_dataset
+
+    def smaller(folder: Path) -> Path:  # the demo's own set takes a minute to draw
+        return tiny(folder, n_train=8, n_test=4, size_px=32)
+
+    monkeypatch.setattr(phantom, "write_dataset", smaller)
+    before = files_under(finished_copy)
+    text = refused("demo", "-o", finished_copy, status=1)
+    assert text.startswith(f"{finished_copy} already holds a run (finished); ")
+    assert files_under(finished_copy) == before
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_are_these(call: Call) -> None:
+    done = call("--help")
+    assert done.status == 0
+    shown = done.stdout[done.stdout.index("Commands:") :].splitlines()[1:]
+    assert [line.split()[0] for line in shown if line.startswith("  ") and line[2] != " "] == list(VERBS)
+    assert "For research; not a medical device." in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("words", [*((verb,) for verb in VERBS), ("fetch", "weights")])
+def test_every_verb_explains_itself_and_its_options(words: tuple[str, ...], call: Call) -> None:
+    done = call(*words, "--help")
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: pneumoscope {' '.join(words)} ")
+    rest = done.stdout.partition("\n\n")[2]
+    assert len(rest.splitlines()[0].split()) >= 5  # a sentence
+    options = re.findall(r"^  (-\S+(?:, --\S+)?(?: \S+)?)(?:  +|\n +)(\S+ \S+)", done.stdout, re.MULTILINE)
+    assert options
+    assert call(*words, "-h") == done
+
+
+def test_help_is_shown_where_nothing_is_asked_for(call: Call) -> None:
+    done = call()
+    assert done.status == 2
+    assert "Commands:" in done.stdout + done.stderr
+
+
+def test_the_version_is_the_packages(call: Call) -> None:
+    assert call("--version") == Done(0, f"pneumoscope {version('pneumoscope')}\n", "")
+
+
+def test_python_m_and_the_command_are_the_same(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("pneumoscope")
+    for command in ([sys.executable, "-m", "pneumoscope"], [str(script)]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"pneumoscope {version('pneumoscope')}\n", "")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
+    with started("cache", cache=tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_help_answers_without_loading_a_backend() -> None:
+    program = (
+        "import sys; sys.argv = ['pneumoscope', 'run', '--help']\n"
+        "from pneumoscope.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('keras', 'tensorflow', 'sklearn', 'matplotlib') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]"
