@@ -288,8 +288,9 @@ def test_the_tutorial_preset_at_full_size_saves_models_of_the_published_sizes(
             held.append(getattr(item, "size", 0))  # a group has none
 
         with zipfile.ZipFile(tmp_path / "run" / "models" / f"{model}.keras") as archive:
-            with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
-                file["layers"].visititems(count)
+            weights = io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(weights) as file:
+            file["layers"].visititems(count)
         assert sum(held) == expected, model
     shown = call("models", "--preset", "tutorial")
     assert row_of(shown, "cnn")[-3:] == ["2,621,089", "2,620,865", "-"]
@@ -702,6 +703,25 @@ def test_evaluate_scores_other_images_at_the_runs_thresholds(finished_copy: Path
     assert {name: (finished_copy / name).read_bytes() for name in own} == own
 
 
+def test_a_model_that_does_not_score_as_in_its_training_is_refused(
+    finished_copy: Path, refused: Callable[..., str], call: Call
+) -> None:
+    table = finished_copy / "tables" / "cnn_loss_per_epoch.csv"
+    losses = pd.read_csv(table)
+    losses.loc[3, "val_loss"] = float("nan")  # an epoch without a number tells nothing
+    losses.to_csv(table, index=False)
+    assert call("evaluate", finished_copy).status == 0
+    losses["val_loss"] += 1
+    losses.to_csv(table, index=False)
+    text = refused("evaluate", finished_copy, status=1)
+    model = re.escape(str(finished_copy / "models" / "cnn.keras"))
+    assert re.fullmatch(
+        rf"The saved model {model} has a validation loss of [\d.]+, while training saw [\d.]+; the stored features do "
+        r"not fit it: run pneumoscope cache --clean and train it again\.",
+        text,
+    )
+
+
 def test_evaluate_needs_a_run(tmp_path: Path, data: Path, refused: Callable[..., str]) -> None:
     text = refused("evaluate", tmp_path / "nowhere", status=1)
     assert text == (
@@ -710,6 +730,9 @@ def test_evaluate_needs_a_run(tmp_path: Path, data: Path, refused: Callable[...,
     refused("run", tmp_path / "nowhere", "-o", tmp_path / "run", status=1)
     text = refused("evaluate", tmp_path / "run", status=1)
     assert text == f"The run in {tmp_path / 'run'} is failed, not finished; run its command again with --resume first."
+
+
+NOT_OURS = {"images-of-mine", "demo-images-of-mine", "demo-talk.pdf"}
 
 
 @pytest.fixture
@@ -721,7 +744,7 @@ def filled_cache(own_cache: Path) -> Path:
         ".features-0123456789abcdef.partial/view-0.npy",
         "demo-images/train/NORMAL/x.jpeg",
     ]
-    kept = ["weights/net.h5", "images-of-mine/holiday.jpeg", "demo-talk.pdf", "notes.txt"]
+    kept = ["weights/net.h5", "images-of-mine/holiday.jpeg", "demo-images-of-mine/x.jpeg", "demo-talk.pdf"]
     for name in [*made_again, *kept]:
         (own_cache / name).parent.mkdir(parents=True, exist_ok=True)
         (own_cache / name).write_bytes(b"x" * 1500)
@@ -741,13 +764,13 @@ def test_cache_lists_what_is_stored(filled_cache: Path, call: Call) -> None:
 def test_cache_clean_deletes_only_what_can_be_made_again(filled_cache: Path, call: Call) -> None:
     done = call("cache", "--clean")
     assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 5 entries, 7.5 kB.")
-    assert {path.name for path in filled_cache.iterdir()} == {"weights", "images-of-mine", "demo-talk.pdf", "notes.txt"}
+    assert {path.name for path in filled_cache.iterdir()} == {"weights", *NOT_OURS}
 
 
 def test_cache_clean_all_deletes_weights_too_and_nothing_that_is_not_ours(filled_cache: Path, call: Call) -> None:
     done = call("cache", "--clean", "--all")
     assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 6 entries, 9.0 kB.")
-    assert {path.name for path in filled_cache.iterdir()} == {"images-of-mine", "demo-talk.pdf", "notes.txt"}
+    assert {path.name for path in filled_cache.iterdir()} == NOT_OURS
 
 
 def test_an_empty_cache_is_no_error(call: Call, own_cache: Path) -> None:

@@ -8,7 +8,6 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -22,6 +21,8 @@ from pneumoscope.catalog import Catalog
 from pneumoscope.errors import RunError, StoreError, WeightsError
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
+
+ops = keras.ops
 
 SIZE = 32
 SPEC = Spec.preset_named("smoke").with_overrides([f"image.size_px={SIZE}", "backbone.weights=none"])
@@ -37,35 +38,25 @@ def pictures(n: int) -> Pixels:
 
 
 def trained(approach: str) -> models.Model:
-    """A model after some steps of training, so that weights, running statistics and an optimizer are in its file."""
-    model = models.build(approach, SPEC)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss="binary_crossentropy")
-    pixels = pictures(8)[..., None]
-    for _ in range(2):
-        model.train_on_batch(pixels, np.array([0, 1] * 4, np.float32)[:, None])
+    """A model as training leaves it: no weight is what `build` made it, and an optimizer goes with it."""
+    weights = "imagenet" if approach != "cnn" else "none"  # on random ones, all images would look alike
+    model = models.build(approach, SPEC.with_overrides([f"backbone.weights={weights}"]))
+    model.compile(optimizer=keras.optimizers.Adam())
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(ops.convert_to_numpy(weight) * rng.uniform(0.95, 1.05, weight.shape))
     return model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module", params=["cnn", "tl", "ft"])
-def saved(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Path, npt.NDArray[np.float32]]:
-    """An approach, the file a run would leave, and the scores of the very model that was saved."""
-    approach = str(request.param)
-    model = trained(approach)
-    model.save(folder / f"{approach}.keras")
-    pixels = pictures(9)
-    scores = models.scores(model, lambda positions: pixels[positions, ..., None], 9, batch_size=4)
-    assert len(set(scores.tolist())) == 9
-    return approach, folder / f"{approach}.keras", scores
+def arrays_of(model: models.Model) -> list[tuple[str, bytes]]:
+    return [(weight.path, ops.convert_to_numpy(weight).tobytes()) for weight in model.weights]
 
 
 @pytest.fixture(scope="module")
-def cnn_bytes(folder: Path) -> bytes:
-    path = folder / "whole.keras"
+def cnn_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a trained cnn."""
+    path = tmp_path_factory.mktemp("models") / "whole.keras"
     trained("cnn").save(path)
     return path.read_bytes()
 
@@ -119,28 +110,22 @@ def refusal(path: Path, *, approach: str = "cnn", spec: Spec = SPEC) -> str:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_model_gives_the_same_scores_bit_for_bit(
-    saved: tuple[str, Path, npt.NDArray[np.float32]],
+@pytest.mark.parametrize("approach", ["cnn", "tl", "ft"])
+def test_a_loaded_model_is_the_saved_one_bit_for_bit_and_needs_no_pretrained_weights(
+    tmp_path: Path, approach: str
 ) -> None:
-    approach, path, expected = saved
-    model = inference.load_model(path, approach=approach, spec=SPEC)
-    pixels = pictures(9)
-    scores = models.scores(model, lambda positions: pixels[positions, ..., None], 9, batch_size=4)
-    assert scores.tobytes() == expected.tobytes()
-    fresh = models.scores(models.build(approach, SPEC), lambda at: pixels[at, ..., None], 9, batch_size=4)
-    assert fresh.tobytes() != expected.tobytes()  # so the weights did come from the file
-
-
-def test_a_loaded_model_needs_no_pretrained_weights(saved: tuple[str, Path, npt.NDArray[np.float32]]) -> None:
-    approach, path, expected = saved
-    spec = SPEC.with_overrides(["backbone.weights=/nowhere/imagenet.weights"])
+    model = trained(approach)
+    model.save(tmp_path / "model.keras")
+    elsewhere = SPEC.with_overrides(["backbone.weights=/nowhere/imagenet.weights"])
     if approach != "cnn":
         with pytest.raises(WeightsError):
-            models.build(approach, spec)
-    model = inference.load_model(path, approach=approach, spec=spec)
-    pixels = pictures(9)
-    scores = models.scores(model, lambda positions: pixels[positions, ..., None], 9, batch_size=4)
+            models.build(approach, elsewhere)
+    loaded = inference.load_model(tmp_path / "model.keras", approach=approach, spec=elsewhere)
+    assert arrays_of(loaded) == arrays_of(model)
+    pixels = pictures(9)[..., None]
+    scores, expected = (ops.convert_to_numpy(each(pixels, training=False)) for each in (loaded, model))
     assert scores.tobytes() == expected.tobytes()
+    assert len(set(expected[:, 0].tolist())) == 9  # these tell the images apart
 
 
 # --- files that are not what they seem -------------------------------------------------------------------------------
@@ -190,6 +175,7 @@ def test_weights_that_are_not_all_there_are_refused(
     assert refusal(path) == "its weights do not fit the Spec"
 
 
+@pytest.mark.filterwarnings("default:Skipping:UserWarning")  # as in daily use, where it stops nothing
 @pytest.mark.parametrize(
     ("override", "approach"), [("image.size_px=48", "cnn"), ("cnn.layers=tutorial", "cnn"), ("seed=42", "tl")]
 )
@@ -239,8 +225,9 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path, name: str) -> None
 def test_code_in_a_model_file_is_never_run(cnn_bytes: bytes, tmp_path: Path) -> None:
     marker, trapped = tmp_path / "ran", tmp_path / "cnn.keras"
     image = keras.Input((SIZE, SIZE, 1))
-    code = eval(f"lambda x: (__import__('pathlib').Path({str(marker)!r}).touch(), x)[1]")
-    keras.Model(image, keras.layers.Lambda(code, output_shape=(SIZE, SIZE, 1))(image)).save(trapped)
+    place = str(marker)
+    code = keras.layers.Lambda(lambda x: (__import__("pathlib").Path(place).touch(), x)[1])
+    keras.Model(image, code(image)).save(trapped)
     with zipfile.ZipFile(trapped) as archive:
         config = archive.read("config.json")
     buffer = io.BytesIO()
@@ -259,10 +246,7 @@ def test_code_in_a_model_file_is_never_run(cnn_bytes: bytes, tmp_path: Path) -> 
         models.scores(good_model, fetch, 9, batch_size=9).tobytes()
     )
     assert not marker.exists()
-    loaded: Any = None
-    with pytest.raises(ValueError, match="could not be loaded"):  # Keras runs it, and then misses the weights
-        loaded = keras.saving.load_model(trapped, safe_mode=False)
-    assert loaded is None
+    keras.saving.load_model(trapped, safe_mode=False)
     assert marker.exists()  # the trap is live
 
 

@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 import pneumoscope
 from pneumoscope import catalog as catalogs
+from pneumoscope import figures as drawings
 from pneumoscope import inference, phantom, pipeline
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, RunError, StoppedEarly
@@ -513,6 +514,34 @@ def test_a_finished_run_is_taken_up_without_a_change(smoke: Finished, data: Path
 
 
 # --- inspect, evaluate -----------------------------------------------------------------------------------------------
+
+
+def test_the_distributions_and_grids_are_drawn_from_all_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, object]] = []
+
+    def noting(draw: Callable[..., Any], *, key: str = "") -> Callable[..., Any]:
+        def and_draw(content: Any, **options: Any) -> Any:
+            drawn.append((options["title"], options[key] if key else content))
+            return draw(content, **options)
+
+        return and_draw
+
+    monkeypatch.setattr(drawings, "class_bars", noting(drawings.class_bars))
+    monkeypatch.setattr(drawings, "class_pie", noting(drawings.class_pie))
+    monkeypatch.setattr(drawings, "sample_grid", noting(drawings.sample_grid, key="captions"))
+    pipeline.inspect(data, tmp_path / "look", spec=spec_of())
+    for split in ("train", "test"):
+        names = {label: {path.name for path in (data / split / label).iterdir()} for label in ("NORMAL", "PNEUMONIA")}
+        counts = {label: len(found) for label, found in names.items()}
+        title = f"{split.capitalize()} images: {sum(counts.values())}"
+        assert [content for said, content in drawn if said == title] == [counts, counts]  # bars and pie
+        for label, found in names.items():
+            (captions,) = (content for said, content in drawn if said == f"{label}, {split} images")
+            assert isinstance(captions, list)
+            assert len(set(captions)) == min(12, len(found))
+            assert set(captions) <= found
 
 
 def test_inspect_lists_and_draws_the_images_and_trains_nothing(data: Path, tmp_path: Path) -> None:

@@ -159,7 +159,6 @@ def describe() -> Machine:
 def _prepare_tensorflow(threads: int, deterministic: bool) -> None:
     import tensorflow as tf
 
-    tf.get_logger().setLevel("ERROR")  # each model traced anew is a "retracing" warning on stderr otherwise
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(min(threads, 2))

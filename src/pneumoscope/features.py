@@ -3,10 +3,9 @@
 Owns which inputs decide a feature's value (its key) and how an interrupted extraction goes on. Knows nothing of labels,
 heads or schedules.
 
-A store is a folder in the cache, one for each place where the network is cut::
+A store is a folder in the cache, one for each view of the images at each place where the network is cut::
 
-    features-<key>/view-0.npy      (N, ...) of the clean images
-                   view-1.npy ...  of augmented copies
+    features-<key>/features.npy    (N, ...)
                    manifest.json   written last
 """
 
@@ -14,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,42 +41,11 @@ class FeatureStore:
 
     Attributes
     ----------
-    folder : Path
-        Where the store lies.
     views : tuple of ndarray, each of shape (N, ...)
         Memory-mapped, read only, float16 or float32. The first is of the clean images, the others of augmented copies.
     """
 
-    folder: Path
     views: tuple[npt.NDArray[Any], ...]
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Open a finished store.
-
-        Parameters
-        ----------
-        folder : Path
-            As `extract` made it.
-
-        Returns
-        -------
-        FeatureStore
-
-        Raises
-        ------
-        StoreError
-            Where it is unfinished or damaged.
-        """
-        manifest = _files.read_json(folder / "manifest.json")
-        try:
-            views = tuple(
-                np.load(folder / f"view-{view}.npy", mmap_mode="r", allow_pickle=False)
-                for view in range(manifest["views"])
-            )
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{folder} is damaged ({error}); delete it and run again.") from error
-        return cls(folder, views)
 
 
 def extract(
@@ -119,15 +88,32 @@ def extract(
         Where there is too little space or the cache cannot be written.
     """
     root = cache or _files.cache_dir()
-    targets = {name: root / f"features-{_key(name, store=store, rows=rows, spec=spec)}" for name in cuts}
-    missing = {name: folder for name, folder in targets.items() if not (folder / "manifest.json").exists()}
-    if missing:
-        _compute(model, missing, store=store, rows=rows, spec=spec, progress=progress)
-    return {name: FeatureStore.open(folder) for name, folder in targets.items()}
+    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in cuts}
+    views = 1 + spec.features.views
+    for view in range(views):
+        targets = {name: root / f"features-{_key(name, view, store=store, rows=rows, spec=spec)}" for name in cuts}
+        missing = {name: folder for name, folder in targets.items() if not (folder / "manifest.json").exists()}
+        if missing:
+
+            def report(done: int, before: int = view * len(rows)) -> None:
+                if progress is not None:
+                    progress(before + done, views * len(rows))
+
+            _compute(model, missing, view, store=store, rows=rows, spec=spec, report=report)
+        for name, folder in targets.items():
+            found[name].append(_opened(folder))
+    return {name: FeatureStore(tuple(arrays)) for name, arrays in found.items()}
 
 
-def _key(cut: str, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec) -> str:
-    views = {"augment": spec.augment.model_dump(), "seed": spec.seed} if spec.features.views else {}
+def _opened(folder: Path) -> npt.NDArray[Any]:
+    try:
+        return np.asanyarray(np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder} is damaged ({error}); delete it and run again.") from error
+
+
+def _key(cut: str, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec) -> str:
+    change = {"augment": spec.augment.model_dump(), "seed": spec.seed, "view": view} if view else {}
     content = {
         "images": store.key,
         "rows": _files.sha256_of(np.ascontiguousarray(rows, dtype=np.int64).tobytes()),
@@ -135,12 +121,11 @@ def _key(cut: str, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec)
         "scaling": spec.backbone.scaling,
         "weights": backbones.weights_hash(spec.backbone) or f"random, seed {spec.seed}",
         "cut": cut,
-        "views": spec.features.views,
         "dtype": spec.features.dtype,
         "precision": spec.train.precision,
         "keras": keras.__version__,
         "backend": keras.config.backend(),
-        **views,
+        **change,
     }
     return _files.hash_of(content)[:16]
 
@@ -148,40 +133,36 @@ def _key(cut: str, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec)
 def _compute(
     model: models.Model,
     targets: Mapping[str, Path],
+    view: int,
     *,
     store: ImageStore,
     rows: npt.NDArray[np.intp],
     spec: Spec,
-    progress: Progress | None,
+    report: Callable[[int], None],
 ) -> None:
+    """Run one view of the images through the network up to every cut, and store what comes out."""
     prefix = keras.Model(model.input, [model.get_layer(name).output for name in targets])
-    shapes = {name: tuple(model.get_layer(name).output.shape[1:]) for name in targets}
-    views, n = 1 + spec.features.views, len(rows)
-    size = sum(int(np.prod(shape)) for shape in shapes.values()) * n * views * np.dtype(spec.features.dtype).itemsize
-    root = next(iter(targets.values())).parent
-    _files.require_space(root, size, what="Storing the features")
-    partial = {name: _Partial(folder, shapes[name], n=n, spec=spec) for name, folder in targets.items()}
-    for view in range(views):
-        network, fetch = _reader(prefix, view, store=store, rows=rows, spec=spec)
-        start = min(part.done(view) for part in partial.values())
-        arrays = [part.array(view) for part in partial.values()]
+    shapes = [(len(rows), *model.get_layer(name).output.shape[1:]) for name in targets]
+    dtype = np.dtype(spec.features.dtype)
+    size = sum(int(np.prod(shape)) for shape in shapes) * dtype.itemsize
+    _files.require_space(next(iter(targets.values())).parent, size, what="Storing the features")
+    partial = [_Partial(folder, shape, dtype) for folder, shape in zip(targets.values(), shapes, strict=True)]
+    network, fetch = _reader(prefix, view, store=store, rows=rows, spec=spec)
+    start = min(part.done for part in partial)
 
-        def shifted(positions: slice, fetch: Callable[[slice], Any] = fetch, start: int = start) -> Any:
-            return fetch(slice(positions.start + start, positions.stop + start))
+    def rest(positions: slice) -> Any:
+        return fetch(slice(positions.start + start, positions.stop + start))
 
-        batches = models.in_batches(network, shifted, n - start, batch_size=_BATCH)
-        for step, (positions, outputs) in enumerate(batches, start=1):
-            stop = positions.stop + start
-            for array, output in zip(arrays, outputs, strict=True):
-                array[positions.start + start : stop] = output
-            if step % _STEPS_BETWEEN_MARKS == 0 or stop == n:
-                for part, array in zip(partial.values(), arrays, strict=True):
-                    array.flush()
-                    part.mark(view, stop)
-            if progress is not None:
-                progress(view * n + stop, views * n)
-    for part in partial.values():
-        part.finish(views)
+    batches = models.in_batches(network, rest, len(rows) - start, batch_size=_BATCH)
+    for step, (positions, outputs) in enumerate(batches, start=1):
+        done = positions.stop + start
+        for part, output in zip(partial, outputs, strict=True):
+            part.array[positions.start + start : done] = output
+            if step % _STEPS_BETWEEN_MARKS == 0:
+                part.mark(done)
+        report(done)
+    for part in partial:
+        part.finish()
 
 
 def _reader(
@@ -195,43 +176,43 @@ def _reader(
 
 
 class _Partial:
-    """An unfinished store beside its final place: arrays of the final size and a mark of how far they are valid.
+    """An unfinished store beside its final place: an array of the final size and a mark of how far it is valid.
 
     Two processes that extract the same features write the same bytes, so they may share one.
     """
 
-    def __init__(self, target: Path, shape: tuple[int, ...], *, n: int, spec: Spec) -> None:
+    def __init__(self, target: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._target, self._folder = target, target.with_name(f".{target.name}.partial")
-        self._shape, self._dtype = (n, *shape), np.dtype(spec.features.dtype)
+        self._mark = self._folder / "done.json"
+        path = self._folder / "features.npy"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                fresh = self._folder / f".{os.getpid()}.npy"
+                np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=shape).flush()
+                with contextlib.suppress(FileExistsError):  # never replace an array another process already writes to
+                    os.link(fresh, path)
+                fresh.unlink()
         except OSError as error:
             raise StoreError(
-                f"Cannot write to {target.parent}: {error.strerror}; "
+                f"Cannot write to {target.parent}: {error.strerror or error}; "
                 "set PNEUMOSCOPE_CACHE to a folder you may write to."
             ) from error
+        self.array = np.lib.format.open_memmap(path, mode="r+")
+        self.done = int(_files.read_json(self._mark)["done"]) if self._mark.exists() else 0
 
-    def array(self, view: int) -> Any:
-        path = self._folder / f"view-{view}.npy"
-        if not path.exists():
-            fresh = self._folder / f".view-{view}.{os.getpid()}.npy"
-            np.lib.format.open_memmap(fresh, mode="w+", dtype=self._dtype, shape=self._shape).flush()
-            with contextlib.suppress(FileExistsError):  # never replace an array another process already writes to
-                os.link(fresh, path)
-            fresh.unlink()
-        return np.lib.format.open_memmap(path, mode="r+")
+    def mark(self, done: int) -> None:
+        """Say that the first rows are valid, once they are on the disk."""
+        self.array.flush()
+        _files.write_json(self._mark, {"done": done})
 
-    def done(self, view: int) -> int:
-        mark = self._folder / f"view-{view}.json"
-        return int(_files.read_json(mark)["done"]) if mark.exists() else 0
-
-    def mark(self, view: int, done: int) -> None:
-        _files.write_json(self._folder / f"view-{view}.json", {"done": done})
-
-    def finish(self, views: int) -> None:
-        _files.write_json(self._folder / "manifest.json", {"kind": "features", "views": views})
+    def finish(self) -> None:
+        """Give the store its final name."""
+        self.mark(len(self.array))
+        _files.write_json(self._folder / "manifest.json", {"kind": "features"})
         try:
             os.replace(self._folder, self._target)
         except OSError:  # another process was quicker with the same features
             if not (self._target / "manifest.json").exists():
                 raise
+            shutil.rmtree(self._folder, ignore_errors=True)

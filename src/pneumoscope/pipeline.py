@@ -354,13 +354,16 @@ class _Job:
         return evaluations
 
     def _check_whole(self, name: str, validation: Evaluation) -> None:
-        """Refuse a saved model that does not score as the tail that was trained on stored features did."""
-        trained = min(float(row["val_loss"]) for row in _files.read_csv(self.run.table_path(name, "loss_per_epoch")))
-        if validation.loss is None or abs(validation.loss - trained) > WHOLE_LOSS_TOLERANCE:
+        """Refuse a saved model that does not score as it did, or as its tail on stored features did, in training."""
+        rows = _files.read_csv(self.run.table_path(name, "loss_per_epoch"))
+        losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]  # one that was not a number stands empty
+        found = float("nan") if validation.loss is None else validation.loss
+        # the kept epoch is not always that of the lowest loss: a gain below train.min_delta does not count
+        nearest = min(losses, key=lambda loss: abs(loss - found), default=float("nan"))
+        if not abs(nearest - found) <= WHOLE_LOSS_TOLERANCE:
             raise RunError(
-                f"The saved model {self.run.model_path(name)} has a validation loss of {validation.loss}, while "
-                f"training saw {trained}; the stored features do not fit it: run pneumoscope cache --clean and train "
-                "it again."
+                f"The saved model {self.run.model_path(name)} has a validation loss of {found}, while training saw "
+                f"{nearest}; the stored features do not fit it: run pneumoscope cache --clean and train it again."
             )
 
     def score(self, name: str, path: Path, split: str) -> Predictions:

@@ -1,0 +1,513 @@
+"""Training against Keras's own callbacks and `fit`, exact resume, damaged checkpoints, losses that are no number."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pneumoscope import _backend, metrics, models, training
+from pneumoscope._backend import keras
+from pneumoscope.catalog import Catalog
+from pneumoscope.errors import RunError, StoppedEarly
+from pneumoscope.specs import Spec, TrainSpec
+from pneumoscope.store import ImageStore
+
+Packed = tuple[Catalog, ImageStore]
+State = tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
+
+SPEC = Spec.preset_named("smoke").with_overrides(
+    ["image.size_px=32", "train.epochs=3", "backbone.weights=none", "features.dtype=float32"]
+)
+CHANGING = SPEC.with_overrides(["augment.zoom=0.1", "augment.translation=0.1", "train.class_weights=true"])
+"""Everything random at once: 38 training images, so 3 steps an epoch and 9 in all."""
+
+VIEWS = CHANGING.with_overrides(["features.views=2", "features.dtype=float16", "backbone.weights=imagenet"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deterministic() -> None:
+    _backend.prepare()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(own_cache: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let these tests share stored features, which none of them changes."""
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(cache))
+
+
+def train(approach: str, packed: Packed, spec: Spec, **options: Any) -> tuple[Any, training.History]:
+    catalog, store = packed
+    model = models.build(approach, spec)
+    return model, training.train(model, store, catalog, spec=spec, **options)
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """A `stop` that asks for it before the step after so many."""
+    asked = itertools.count()
+    return lambda: next(asked) >= steps
+
+
+def state_in(checkpoint: Path) -> State:
+    """All that a checkpoint holds, but for how long it took."""
+    with np.load(io.BytesIO(checkpoint.read_bytes())) as archive:
+        arrays = dict(archive)
+    state = json.loads(arrays.pop("state").tobytes())
+    state.pop("seconds")
+    state["rows"] = [row[:-1] for row in state["rows"]]
+    return state, arrays
+
+
+def assert_same(first: State, second: State) -> None:
+    assert first[0] == second[0]
+    assert first[1].keys() == second[1].keys()
+    for name, array in first[1].items():
+        assert array.dtype == second[1][name].dtype
+        assert np.array_equal(array, second[1][name]), name
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one.get_weights(), other.get_weights(), strict=True))
+
+
+def validation_scores(model: Any, packed: Packed) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    catalog, store = packed
+    rows = catalog.rows("validation")
+    images = store.images[store.rows_of(rows)][..., None]
+    return rows["label"].to_numpy(), models.scores(model, lambda at: images[at], len(rows), batch_size=16)
+
+
+# --- The schedule -----------------------------------------------------------------------------------------------------
+
+
+def keras_schedule(losses: Sequence[float], spec: TrainSpec) -> tuple[list[float], int, int]:
+    """Drive Keras's own callbacks: the rate after each epoch, the best epoch, how many epochs there were."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.Adam(0.5), loss="mse")
+    stopping = keras.callbacks.EarlyStopping(
+        "val_loss", patience=spec.patience, min_delta=spec.min_delta, restore_best_weights=True
+    )
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "val_loss", factor=spec.plateau_factor, patience=spec.plateau_patience, min_delta=spec.plateau_min_delta
+    )
+    rates = []
+    for callback in (stopping, plateau):
+        callback.set_model(model)
+        callback.on_train_begin()
+    for epoch, loss in enumerate(losses):
+        for callback in (stopping, plateau):
+            callback.on_epoch_end(epoch, {"val_loss": loss})
+        rates.append(float(model.optimizer.learning_rate))
+        if model.stop_training:
+            break
+    return rates, stopping.best_epoch + 1, len(rates)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_schedule_does_what_the_callbacks_of_keras_do(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    spec = TrainSpec(
+        patience=int(rng.integers(1, 6)),
+        min_delta=float(rng.choice([0, 1 / 64])),
+        plateau_factor=float(rng.choice([0.2, 0.5])),
+        plateau_patience=int(rng.integers(1, 4)),
+        plateau_min_delta=float(rng.choice([0, 1 / 64, 1 / 16])),
+    )
+    losses = (rng.integers(20, 60, 25) - np.arange(25)) / 64  # exact in float32, with ties and gains of just min_delta
+    schedule, rates = training.Schedule(0.5), []
+    for epoch, loss in enumerate(losses.tolist(), start=1):
+        best = schedule.best_epoch
+        assert schedule.update(loss, epoch=epoch, spec=spec) == (schedule.best_epoch != best)
+        rates.append(schedule.learning_rate)
+        if schedule.exhausted(spec):
+            break
+    expected, best_epoch, n = keras_schedule(losses.tolist(), spec)
+    assert np.allclose(rates, expected, rtol=1e-6)
+    assert (schedule.best_epoch, len(rates)) == (best_epoch, n)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    schedule, spec = training.Schedule(0.5), TrainSpec(patience=3, plateau_patience=2)
+    best = [schedule.update(loss, epoch=n, spec=spec) for n, loss in enumerate([math.nan, 0.7, math.nan, math.nan], 1)]
+    assert best == [False, True, False, False]
+    assert (schedule.best_loss, schedule.best_epoch, schedule.learning_rate) == (0.7, 2, 0.5 * 0.2)
+    assert not schedule.exhausted(spec)
+    schedule.update(math.nan, epoch=5, spec=spec)
+    assert schedule.exhausted(spec)
+
+
+# --- The same numbers as Keras's own loop -----------------------------------------------------------------------------
+
+
+def comparable(model: Any) -> Any:
+    """Take out what no two loops can share: dropout, and biases before a BatchNormalization.
+
+    Those biases have no gradient but rounding, which Adam turns into steps of full length.
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+        if isinstance(layer, keras.layers.Conv2D) and layer.use_bias and model.name == "cnn":
+            layer.bias.trainable = False
+    return model
+
+
+def fitted(approach: str, packed: Packed, spec: Spec) -> tuple[list[Any], list[Any]]:
+    """The plain procedure: `fit` on the whole network, epoch by epoch in the order that `train` takes.
+
+    Returns the weights and the figures after each epoch.
+    """
+    catalog, store = packed
+    model = comparable(models.build(approach, spec))
+    model.compile(
+        optimizer=keras.optimizers.Adam(getattr(spec, approach).learning_rate),
+        loss="binary_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    rows = catalog.rows("train")
+    images, labels = store.images[store.rows_of(rows)][..., None], rows["label"].to_numpy(np.float32)[:, None]
+    n_normal = int((labels == 0).sum())
+    weights, logs = [], []
+    for epoch in range(1, spec.train.epochs + 1):
+        order = np.random.default_rng([spec.seed, models.ORDER, epoch]).permutation(len(rows))
+        history = model.fit(
+            images[order],
+            labels[order],
+            batch_size=spec.train.batch_size,
+            shuffle=False,
+            class_weight={0: len(rows) / (2 * n_normal), 1: len(rows) / (2 * (len(rows) - n_normal))},
+            verbose=0,
+        ).history
+        weights.append(model.get_weights())
+        logs.append([history["accuracy"][0], history["loss"][0]])
+    return weights, logs
+
+
+@pytest.mark.parametrize("approach", ["cnn", "ft"])
+def test_train_is_plain_training_of_the_full_network(approach: str, packed: Packed) -> None:
+    """On stored outputs of the frozen part as without, class weights included."""
+    spec = SPEC.with_overrides(["train.epochs=2", "train.class_weights=true"])
+    plain, logs = fitted(approach, packed, spec)
+    for changed in [spec, spec.with_overrides(["features.cache=false"])][: 1 if approach == "cnn" else 2]:
+        model = comparable(models.build(approach, changed))
+        history = training.train(model, packed[1], packed[0], spec=changed)
+        for ours, theirs in zip(model.get_weights(), plain[history.best_epoch - 1], strict=True):
+            assert np.allclose(ours, theirs, rtol=0, atol=1e-6)
+        assert np.allclose(history.epochs[["train_accuracy", "train_loss"]], logs, rtol=0, atol=1e-6)
+        labels, scores = validation_scores(model, packed)
+        best = history.epochs.iloc[history.best_epoch - 1]
+        assert best["val_loss"] == pytest.approx(metrics.log_loss(labels, scores), abs=1e-6)
+        assert best["val_accuracy"] == ((scores > 0.5) == labels).mean()
+
+
+class Recorded(np.ndarray[Any, np.dtype[np.uint8]]):
+    """Packed images that note which rows are read."""
+
+    touched: ClassVar[set[int]] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.touched.update(key[0].tolist())
+        return np.asarray(self)[key]
+
+
+@pytest.mark.parametrize("approach", ["cnn", "tl"])
+def test_training_reads_train_and_validation_images_and_no_other(
+    approach: str, packed: Packed, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(own_cache))  # features are computed here, not found
+    catalog, store = packed
+    Recorded.touched.clear()
+    train(approach, (catalog, replace(store, images=store.images.view(Recorded))), SPEC)
+    allowed = [row for split in ("train", "validation") for row in store.rows_of(catalog.rows(split))]
+    assert set(allowed) == Recorded.touched
+    assert len(catalog.rows("test")) == 16
+
+
+# --- What an epoch sees -----------------------------------------------------------------------------------------------
+
+
+def test_an_epochs_transforms_depend_on_the_seed_and_the_epoch_alone(packed: Packed) -> None:
+    catalog, store = packed
+
+    def source(spec: Spec) -> Any:
+        network, scorer, learn, check = training._arrange(
+            models.build("cnn", spec), store, catalog, spec=spec, progress=None
+        )
+        assert [tuple(part.shape[1:]) for part in network.inputs] == [(32, 32, 1), (3,)]
+        assert not isinstance(check.batch(slice(0, 4), 1), list)  # validation images stay as they are
+        assert scorer.name == "cnn"
+        return learn
+
+    first, again = source(CHANGING), source(CHANGING)
+    there, back = np.array([5, 0, 7]), np.array([7, 5])
+    pixels, fifth = first.batch(there, 5)
+    assert np.array_equal(pixels[..., 0], store.images[store.rows_of(catalog.rows("train"))[there]])
+    again.batch(back, 2)
+    assert np.array_equal(again.batch(back, 5)[1], fifth[[2, 0]])
+    assert not np.array_equal(first.batch(there, 6)[1], fifth)
+    assert not np.array_equal(source(CHANGING.with_overrides(["seed=7"])).batch(there, 5)[1], fifth)
+    assert np.abs(fifth - [1, 0, 0]).max() <= 0.1 + 1e-6
+
+
+def test_stored_views_take_turns_and_stay_beside_their_labels(packed: Packed) -> None:
+    catalog, store = packed
+    model = models.build("tl", VIEWS)
+    prefix, _ = models.split_at(model, "pool")
+    _, _, learn, check = training._arrange(model, store, catalog, spec=VIEWS, progress=None)
+    for source, split in ((learn, "train"), (check, "validation")):
+        rows = catalog.rows(split)
+        clean = prefix.predict_on_batch(store.images[store.rows_of(rows)][..., None])
+        epochs = np.stack([source.batch(slice(0, len(rows)), epoch) for epoch in range(1, 31)]).astype(np.float32)
+        found = [len(np.unique(epochs[:, image], axis=0)) for image in range(len(rows))]
+        assert found == [3 if split == "train" else 1] * len(rows)
+        is_clean = np.abs(epochs - clean).max(axis=2) < 2e-3 * np.abs(clean).max()
+        assert is_clean.any(axis=0).all()  # the clean image is one of them, and the right one
+        assert is_clean.mean() == pytest.approx(1 / 3 if split == "train" else 1, abs=0.05)
+        assert np.array_equal(source.labels, rows["label"])
+        assert source.labels.dtype == np.float32
+    at = np.array([9, 3])
+    assert np.array_equal(learn.batch(at, 4), learn.batch(slice(0, 38), 4)[at])
+
+
+# --- One training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(packed: Packed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One uninterrupted training of the cnn, its last checkpoint and all that it said."""
+    checkpoint = tmp_path_factory.mktemp("alone") / "cnn.npz"
+    said: list[dict[str, float]] = []
+    steps: list[tuple[int, int]] = []
+    model, history = train(
+        "cnn",
+        packed,
+        CHANGING,
+        checkpoint=checkpoint,
+        on_epoch=said.append,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    return {"model": model, "history": history, "checkpoint": checkpoint, "said": said, "steps": steps}
+
+
+def test_history_holds_every_value_of_every_epoch(alone: dict[str, Any]) -> None:
+    history = alone["history"]
+    assert list(history.epochs.columns) == [
+        "epoch",
+        "train_accuracy",
+        "val_accuracy",
+        "train_loss",
+        "val_loss",
+        "learning_rate",
+        "seconds",
+    ]
+    assert history.epochs["epoch"].tolist() == [1, 2, 3]
+    assert history.epochs["epoch"].dtype == np.int64
+    assert (history.epochs["learning_rate"] == 1e-3).all()
+    assert (history.epochs["seconds"] > 0).all()
+    assert history.epochs.notna().all(axis=None)
+    assert alone["said"] == history.epochs.to_dict("records")
+    assert alone["steps"] == [(1, 3), (2, 3), (3, 3)] * 3
+    assert not history.stopped_early
+
+
+def test_the_same_seed_gives_the_same_bits(alone: dict[str, Any], packed: Packed) -> None:
+    keras.utils.set_random_seed(5)  # what ran before has no say
+    model, history = train("cnn", packed, CHANGING)
+    assert same_weights(model, alone["model"])
+    pair = [each.epochs.drop(columns="seconds") for each in (history, alone["history"])]
+    assert pair[0].equals(pair[1])
+
+
+def test_early_stopping_leaves_the_weights_of_the_best_epoch(packed: Packed) -> None:
+    spec = SPEC.with_overrides(["cnn.learning_rate=0.05", "train.epochs=12", "train.patience=2", "seed=3"])
+    model, history = train("cnn", packed, spec)
+    losses = history.epochs["val_loss"]
+    assert history.stopped_early
+    assert history.best_epoch == losses.argmin() + 1 == len(losses) - 2 < 10
+    labels, scores = validation_scores(model, packed)
+    assert metrics.log_loss(labels, scores) == pytest.approx(losses.min(), abs=1e-6)
+    assert losses.iloc[-1] != pytest.approx(losses.min(), abs=1e-3)
+
+
+# --- Stopped, killed, damaged -----------------------------------------------------------------------------------------
+
+
+def resumed(approach: str, packed: Packed, spec: Spec, checkpoint: Path, stops: Sequence[int]) -> tuple[Any, Any]:
+    """Train in a new model each time: stop after so many steps, go on, stop again ..., and go on to the end."""
+    for steps in stops:
+        with pytest.raises(StoppedEarly):
+            train(approach, packed, spec, checkpoint=checkpoint, stop=after(steps))
+    return train(approach, packed, spec, checkpoint=checkpoint)
+
+
+def test_a_stop_is_said_and_leaves_a_checkpoint(packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(
+        StoppedEarly, match=r"^Stopped in epoch 1, step 1, on request; run the same command with --resume\.$"
+    ) as caught:
+        train("cnn", packed, SPEC, checkpoint=tmp_path / "deep" / "cnn.npz", stop=after(1))
+    assert caught.value.exit_status == 75
+    state, _ = state_in(tmp_path / "deep" / "cnn.npz")
+    assert (state["epoch"], state["step"], state["images_seen"]) == (1, 1, 16)
+    with pytest.raises(StoppedEarly, match="epoch 1, step 0"):
+        train("cnn", packed, SPEC, stop=lambda: True)  # nothing to write to: stopped all the same
+
+
+@pytest.mark.parametrize("stops", [(0, 1), (3,), (4, 0, 3)], ids=lambda stops: "+".join(str(steps) for steps in stops))
+def test_a_resumed_training_is_the_uninterrupted_one(
+    stops: tuple[int, ...], alone: dict[str, Any], packed: Packed, tmp_path: Path
+) -> None:
+    model, history = resumed("cnn", packed, CHANGING, tmp_path / "cnn.npz", stops)
+    assert_same(state_in(tmp_path / "cnn.npz"), state_in(alone["checkpoint"]))
+    assert same_weights(model, alone["model"])
+    assert history.epochs.drop(columns="seconds").equals(alone["history"].epochs.drop(columns="seconds"))
+    assert (history.best_epoch, history.stopped_early) == (alone["history"].best_epoch, False)
+
+
+def test_a_resumed_training_on_stored_views_is_the_uninterrupted_one(packed: Packed, tmp_path: Path) -> None:
+    model, _ = train("tl", packed, VIEWS, checkpoint=tmp_path / "alone.npz")
+    again, _ = resumed("tl", packed, VIEWS, tmp_path / "tl.npz", (4,))
+    assert_same(state_in(tmp_path / "tl.npz"), state_in(tmp_path / "alone.npz"))
+    assert same_weights(again, model)
+
+
+def test_a_finished_training_is_not_trained_again(alone: dict[str, Any], packed: Packed, tmp_path: Path) -> None:
+    shutil.copy(alone["checkpoint"], tmp_path)
+    said: list[Any] = []
+    model, history = train("cnn", packed, CHANGING, checkpoint=tmp_path / "cnn.npz", on_epoch=said.append)
+    assert said == []
+    assert history.epochs.equals(alone["history"].epochs)
+    assert same_weights(model, alone["model"])
+
+
+@pytest.fixture(scope="module")
+def stopped(packed: Packed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint of a training stopped in its third epoch, and the one before it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(StoppedEarly):
+        train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz", stop=after(8))
+    assert sorted(path.name for path in folder.iterdir()) == ["cnn.npz", "cnn.previous.npz"]
+    return folder
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def flip_a_bit_of_the_directory(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"weight-0.npy")] ^= 1  # an archive's own checksums do not cover the names
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, empty, flip_a_bit, flip_a_bit_of_the_directory, Path.unlink])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_serves(
+    damage: Callable[[Path], None], stopped: Path, packed: Packed, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    newest, before = folder / "cnn.npz", folder / "cnn.previous.npz"
+    damage(newest)
+    with pytest.raises(StoppedEarly, match="epoch 3, step 0"):
+        train("cnn", packed, CHANGING, checkpoint=newest, stop=after(0))
+    assert_same(state_in(newest), state_in(before))
+    assert before.read_bytes() == (stopped / "cnn.previous.npz").read_bytes()  # the damaged one did not take its place
+
+
+def test_a_training_resumed_from_the_checkpoint_before_is_the_uninterrupted_one(
+    stopped: Path, alone: dict[str, Any], packed: Packed, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    flip_a_bit(folder / "cnn.npz")
+    train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz")
+    assert_same(state_in(folder / "cnn.npz"), state_in(alone["checkpoint"]))
+
+
+def test_where_both_checkpoints_are_damaged_training_begins_anew(stopped: Path, packed: Packed, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    for path in folder.iterdir():
+        cut_short(path)
+    with pytest.raises(StoppedEarly, match="epoch 1, step 0"):
+        train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz", stop=after(0))
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped: Path, packed: Packed) -> None:
+    checkpoint = stopped / "cnn.npz"
+    catalog, store = packed
+    message = (
+        rf"^{checkpoint} belongs to a run with another configuration or other images; "
+        r"use the same ones to go on, or a new run directory\.$"
+    )
+    with pytest.raises(RunError, match=message):
+        train("cnn", packed, CHANGING.with_overrides(["cnn.learning_rate=0.002"]), checkpoint=checkpoint)
+    fewer = replace(catalog, table=catalog.table.iloc[1:])
+    with pytest.raises(RunError, match=message):
+        train("cnn", (fewer, store), CHANGING, checkpoint=checkpoint)
+    with pytest.raises(RunError, match=message):
+        train("tl", packed, CHANGING, checkpoint=checkpoint)
+
+
+# --- Losses that are no number ----------------------------------------------------------------------------------------
+
+NO_NUMBER = (
+    r"^No epoch of cnn ended with a loss that is a number; lower cnn\.learning_rate \(now 0\.001\) and run again\.$"
+)
+
+
+def poison(model: Any) -> None:
+    model.get_layer("logit").bias.assign([math.nan])
+
+
+@pytest.mark.parametrize("after_step", [1, 3])
+def test_a_loss_that_is_no_number_from_the_start_is_an_error(after_step: int, packed: Packed) -> None:
+    """The training loss, or, where the last step ruins the weights, the validation loss alone."""
+    catalog, store = packed
+    spec = SPEC.with_overrides(["train.epochs=1"])
+    model = models.build("cnn", spec)
+
+    def ruin(done: int, total: int) -> None:
+        if done == after_step:
+            poison(model)
+
+    with pytest.raises(RunError, match=NO_NUMBER):
+        training.train(model, store, catalog, spec=spec, progress=ruin)
+
+
+def test_a_loss_that_is_no_number_later_ends_training_with_the_best_epoch(packed: Packed, tmp_path: Path) -> None:
+    catalog, store = packed
+    model = models.build("cnn", SPEC)
+    kept: list[Any] = []
+
+    def ruin(row: dict[str, float]) -> None:
+        kept.extend(model.get_weights())
+        poison(model)
+
+    history = training.train(model, store, catalog, spec=SPEC, checkpoint=tmp_path / "cnn.npz", on_epoch=ruin)
+    assert history.epochs["epoch"].tolist() == [1]
+    assert (history.best_epoch, history.stopped_early) == (1, True)
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), kept, strict=True))
+    assert state_in(tmp_path / "cnn.npz")[0]["epoch"] == 2  # the bad epoch was not written down
