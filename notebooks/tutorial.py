@@ -75,7 +75,8 @@ counts = {label: int(catalog.counts()[label].drop("test").sum()) for label in ("
 figures.class_bars(counts, title="Training and validation images", note=note)
 
 # %% [markdown]
-# `ImageStore.pack` decodes and resizes every image once. Every epoch after that reads pixels from one memory-mapped file.
+# `ImageStore.pack` decodes and resizes every image once. Every epoch after that reads pixels from one memory-mapped
+# file.
 
 # %%
 store = ImageStore.pack(catalog, size_px=spec.image.size_px)
@@ -113,9 +114,9 @@ figure
 # %% [markdown]
 # ## How good are they?
 #
-# A **false negative** is a sick child called NORMAL, a **false positive** a healthy one called PNEUMONIA. Where the line
-# lies between them is a choice: the threshold. 0.5 is a habit. Here a better one is chosen on the validation images
-# (Youden's: the greatest sum of sensitivity and specificity) and carried to the test images unchanged.
+# A **false negative** is a sick child called NORMAL, a **false positive** a healthy one called PNEUMONIA. Where the
+# line lies between them is a choice: the threshold. 0.5 is a habit. Here a better one is chosen on the validation
+# images (Youden's: the greatest sum of sensitivity and specificity) and carried to the test images unchanged.
 #
 # The validation score flatters: early stopping has chosen the epoch that looks best on exactly these images, and the
 # threshold too. The test score is the one to report.

@@ -535,7 +535,7 @@ def test_the_distributions_and_grids_are_drawn_from_all_images(
     for split in ("train", "test"):
         names = {label: {path.name for path in (data / split / label).iterdir()} for label in ("NORMAL", "PNEUMONIA")}
         counts = {label: len(found) for label, found in names.items()}
-        title = f"{split.capitalize()} images: {sum(counts.values())}"
+        title = {"train": "Training images", "test": "Test images"}[split]
         assert [content for said, content in drawn if said == title] == [counts, counts]  # bars and pie
         for label, found in names.items():
             (captions,) = (content for said, content in drawn if said == f"{label}, {split} images")

@@ -410,7 +410,7 @@ def test_damaged_pixels_do_not_open(catalog: Catalog, damage: str) -> None:
     with pytest.raises(StoreError) as caught:
         ImageStore.open(folder)
     assert str(caught.value).startswith(f"{folder} is damaged (")
-    assert str(caught.value).endswith("); delete it and pack again.")
+    assert str(caught.value).endswith("); delete it and run again.")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_pixels_of_another_shape_or_type_do_not_open(
     np.save(folder / "images.npy", array)
     with pytest.raises(StoreError) as caught:
         ImageStore.open(folder)
-    assert str(caught.value) == f"{folder} holds {found} where (8, 32, 32) belongs; delete it and pack again."
+    assert str(caught.value) == f"{folder} holds {found} where (8, 32, 32) belongs; delete it and run again."
 
 
 def test_an_unknown_image_is_told(catalog: Catalog) -> None:

@@ -73,7 +73,9 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except PneumoscopeError as error:
-        print(f"pneumoscope: {error}", file=sys.stderr)
+        from pneumoscope.narration import visible
+
+        print(f"pneumoscope: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
     sys.exit(0)
 

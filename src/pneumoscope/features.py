@@ -26,7 +26,7 @@ from pneumoscope import _files, backbones, models
 from pneumoscope._backend import keras
 from pneumoscope.errors import StoreError
 from pneumoscope.specs import Spec
-from pneumoscope.store import ImageStore
+from pneumoscope.store import ImageStore, new_array, open_array
 
 _BATCH = 32
 _STEPS_BETWEEN_MARKS = 8  # at most this many batches are computed again after a kill
@@ -101,15 +101,8 @@ def extract(
 
             _compute(model, missing, view, store=store, rows=rows, spec=spec, report=report)
         for name, folder in targets.items():
-            found[name].append(_opened(folder))
+            found[name].append(open_array(folder / "features.npy"))
     return {name: FeatureStore(tuple(arrays)) for name, arrays in found.items()}
-
-
-def _opened(folder: Path) -> npt.NDArray[Any]:
-    try:
-        return np.asanyarray(np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder} is damaged ({error}); delete it and run again.") from error
 
 
 def _key(cut: str, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec) -> str:
@@ -189,7 +182,7 @@ class _Partial:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 fresh = self._folder / f".{os.getpid()}.npy"
-                np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=shape).flush()
+                new_array(fresh, shape=shape, dtype=dtype).flush()
                 with contextlib.suppress(FileExistsError):  # never replace an array another process already writes to
                     os.link(fresh, path)
                 fresh.unlink()

@@ -89,20 +89,20 @@ class Narration:
         rows : sequence of sequence of str
             Cells, already text.
         """
-        shown = [[_visible(cell) for cell in row] for row in (columns, *rows)]
+        shown = [[visible(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)]
         lines = [
             "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
             for first, *others in shown
         ]
-        text = "\n".join([_visible(title), *lines])
+        text = "\n".join([visible(title), *lines])
         self._write_log(text)
         if self.mode == "json":
             self._json("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
         elif self.mode == "plain":
             self._print(text)
         elif self.mode == "terminal":
-            drawn = Table(title=_visible(title), title_justify="left", header_style="bold")
+            drawn = Table(title=visible(title), title_justify="left", header_style="bold")
             for index, name in enumerate(shown[0]):
                 drawn.add_column(name, justify="left" if index == 0 else "right")
             for row in shown[1:]:
@@ -142,7 +142,7 @@ class Narration:
                 TextColumn("{task.fields[rate]}", markup=False),
             )
             with Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True) as progress:
-                task = progress.add_task(_visible(label), total=None, rate="")
+                task = progress.add_task(visible(label), total=None, rate="")
                 speed = _Speed()
 
                 def update(done: int, total: int) -> None:
@@ -154,7 +154,7 @@ class Narration:
             yield _Lines(self, label, unit)
 
     def _emit(self, name: str, line: str, /, *, style: str, **values: Any) -> None:
-        line = _visible(line)
+        line = visible(line)
         self._write_log(line)
         if self.mode == "json":
             self._json(name, **values)
@@ -220,7 +220,7 @@ def seconds_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Escape what would break a line or steer a terminal: control and format characters, lone surrogates."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

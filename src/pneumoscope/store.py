@@ -125,13 +125,10 @@ class ImageStore:
             raise StoreError(
                 f"{folder} was packed by decoder {decoder}, this is {images.DECODER_VERSION}; pack the images again."
             )
-        try:
-            array = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # np.load would also open archives
-        except (OSError, ValueError, TypeError, SyntaxError, TokenError) as error:  # a header is parsed as Python
-            raise StoreError(f"{folder} is damaged ({error}); delete it and pack again.") from error
+        array = open_array(folder / "images.npy")
         shape = (len(manifest["image_ids"]), manifest["size_px"], manifest["size_px"])
         if array.shape != shape or array.dtype != np.uint8:
-            raise StoreError(f"{folder} holds {array.shape} where {shape} belongs; delete it and pack again.")
+            raise StoreError(f"{folder} holds {array.shape} where {shape} belongs; delete it and run again.")
         image_ids = np.asarray(manifest["image_ids"], dtype=np.str_)
         return cls(folder, array, image_ids, dict(manifest["rejected"]), str(manifest["key"]))
 
@@ -181,7 +178,7 @@ def _fill(
 ) -> None:
     """Write a store's files into `target`, the manifest last; rows of undecodable images are left out."""
     temporary = target / "all.npy"
-    array = _new_array(temporary, (max(len(ids), 1), size_px, size_px))
+    array = new_array(temporary, shape=(max(len(ids), 1), size_px, size_px), dtype=np.uint8)
     rejected: dict[str, str] = {}
 
     def work(row: int) -> None:
@@ -206,7 +203,7 @@ def _fill(
                 progress(min(start + _BLOCK, len(ids)), len(ids))
     kept = [row for row, image_id in enumerate(ids) if image_id not in rejected]
     if len(kept) < len(array):  # rare: copy the good rows together
-        good = _new_array(target / "good.npy", (len(kept), size_px, size_px))
+        good = new_array(target / "good.npy", shape=(len(kept), size_px, size_px), dtype=np.uint8)
         for new, old in enumerate(kept):
             good[new] = array[old]
         good.flush()
@@ -227,14 +224,52 @@ def _fill(
     )
 
 
-def _new_array(path: Path, shape: tuple[int, int, int]) -> np.memmap[Any, np.dtype[np.uint8]]:
+def new_array(path: Path, *, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
     """Make a memory-mapped array whose space is taken at once.
 
     Numpy makes a file of holes; where a quota or the disk then ends while a hole is filled, the system kills the
     process (SIGBUS) before any error can be told.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.npy`` file to make.
+    shape : tuple of int
+        Of the array.
+    dtype : dtype
+        Of its elements.
+
+    Returns
+    -------
+    memmap
+        Writable, all zero. An ``OSError`` passes through where there is no space.
     """
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def open_array(path: Path) -> npt.NDArray[Any]:
+    """Open a finished memory-mapped array for reading.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.npy`` file; nothing else is opened, pickles never.
+
+    Returns
+    -------
+    ndarray
+        Read only.
+
+    Raises
+    ------
+    StoreError
+        Where it is missing or damaged.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # np.load would also open archives
+    except (OSError, ValueError, TypeError, SyntaxError, TokenError) as error:  # a header is parsed as Python
+        raise StoreError(f"{path.parent} is damaged ({error}); delete it and run again.") from error

@@ -172,6 +172,9 @@ class _Features:
         self._chosen: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def batch(self, positions: Positions, epoch: int) -> Any:
+        return self._stored(positions, epoch).astype(np.float32)  # backends know float16 badly on CPUs
+
+    def _stored(self, positions: Positions, epoch: int) -> npt.NDArray[Any]:
         rows = self._rows[positions]
         if len(self._views) == 1:
             return self._views[0][rows]
