@@ -205,7 +205,9 @@ class _Partial:
         _files.write_json(self._folder / "manifest.json", {"kind": "features"})
         try:
             os.replace(self._folder, self._target)
-        except OSError:  # another process was quicker with the same features
-            if not (self._target / "manifest.json").exists():
-                raise
-            shutil.rmtree(self._folder, ignore_errors=True)
+        except OSError:
+            if (self._target / "manifest.json").exists():  # another process was quicker with the same features
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:  # a deletion was interrupted
+                shutil.rmtree(self._target, ignore_errors=True)
+                os.replace(self._folder, self._target)

@@ -419,7 +419,7 @@ PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
             "audit": {"allow": ["group-across-validation"]},
         },
         "smoke": _SMOKE,
-        "demo": _DEFAULT | {"image": {"size_px": 128}, "train": {"epochs": 6}},
+        "demo": _DEFAULT | {"image": {"size_px": 128}, "train": {"epochs": 20, "batch_size": 16}},
     }
 )
 """What each preset changes against the classes' defaults."""
