@@ -368,6 +368,12 @@ def test_an_empty_folder_is_named(tmp_path: Path, refused: Callable[..., str]) -
     assert "NORMAL/ and PNEUMONIA/" in text
 
 
+def test_a_name_that_would_steer_the_terminal_is_shown_escaped(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "red\x1b[31m\nline").mkdir()
+    text = refused("run", tmp_path / "red\x1b[31m\nline", "-o", tmp_path / "out", *SMALL, status=1)
+    assert text.startswith(f"{tmp_path}/red\\x1b[31m\\nline holds no images")
+
+
 def test_one_class_only_is_not_learned_from(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     shutil.copytree(data / "train" / "NORMAL", tmp_path / "set" / "NORMAL")
     text = refused("run", tmp_path / "set", "-o", tmp_path / "out", *SMALL, status=1)

@@ -1,0 +1,231 @@
+"""The backend: chosen by name, started quietly, with the threads that were asked for; the main job on each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pneumoscope import _backend
+from pneumoscope.errors import UsageError
+
+OTHERS = ("jax", "torch")
+needs_backend = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"{name} not installed"))
+        for name in OTHERS
+    ],
+)
+HIDE = """
+from importlib.machinery import PathFinder
+
+def without(find=PathFinder.find_spec):
+    return lambda name, *rest: None if name.partition(".")[0] in {HIDDEN} else find(name, *rest)
+
+PathFinder.find_spec = without()
+"""
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a new Python process; a backend starts once in a process's life."""
+    kept = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=kept | environment,
+    )
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Pretend that Keras was not imported yet: what is loaded decides before what is asked for."""
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    return monkeypatch
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in names else None)
+
+
+# --- Which one --------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_chooses_else_the_first_installed(unloaded: pytest.MonkeyPatch) -> None:
+    installed(unloaded, "jax", "torch")
+    assert _backend.chosen() == "jax"
+    unloaded.setenv("KERAS_BACKEND", "torch")
+    assert _backend.chosen() == "torch"
+    installed(unloaded, "tensorflow", "jax")
+    unloaded.setenv("KERAS_BACKEND", "")
+    assert _backend.chosen() == "tensorflow"
+
+
+def test_an_unknown_backend_is_refused(unloaded: pytest.MonkeyPatch) -> None:
+    installed(unloaded, "tensorflow", "torch")
+    unloaded.setenv("KERAS_BACKEND", "theano")
+    with pytest.raises(
+        UsageError, match=r"^KERAS_BACKEND is 'theano', installed are: tensorflow, torch; choose one of them\.$"
+    ):
+        _backend.chosen()
+
+
+@pytest.mark.parametrize(("name", "package"), [("jax", r"pneumoscope\[jax\]"), ("tensorflow", "pneumoscope")])
+def test_a_backend_that_is_not_installed_is_refused(name: str, package: str, unloaded: pytest.MonkeyPatch) -> None:
+    installed(unloaded, "torch")
+    unloaded.setenv("KERAS_BACKEND", name)
+    with pytest.raises(
+        UsageError,
+        match=rf"^KERAS_BACKEND is '{name}', installed are: torch; pip install '{package}' or choose another\.$",
+    ):
+        _backend.chosen()
+
+
+def test_what_is_loaded_already_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = _backend.keras.config.backend()
+    monkeypatch.setenv("KERAS_BACKEND", "theano")
+    assert _backend.chosen() == loaded
+
+
+def test_there_is_nothing_else_to_load() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'pneumoscope\._backend' has no attribute 'tensorflow'$"):
+        _backend.tensorflow  # noqa: B018
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= _backend.available_cores() <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_setaffinity"):
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        try:
+            assert _backend.available_cores() == 1
+        finally:
+            os.sched_setaffinity(0, allowed)
+
+
+# --- How it starts ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorflow_starts_quietly_and_says_what_it_runs_on() -> None:
+    done = python("""
+import sys
+from pneumoscope import _backend
+from pneumoscope._backend import keras
+assert sys.modules["keras"] is keras
+from pneumoscope._backend import keras as again
+assert again is keras
+assert _backend.prepare(threads=1) == "tensorflow"
+for width in range(1, 9):  # many models in one process: TensorFlow would warn of retracing
+    model = keras.Sequential([keras.Input((width,)), keras.layers.Dense(1)])
+    model.predict_on_batch(keras.ops.ones((2, width)))
+machine = _backend.describe()
+assert machine.backend == "tensorflow" == _backend.chosen(), machine
+assert sorted(machine.versions) == ["keras", "python", "tensorflow"], machine
+assert machine.versions["keras"] == keras.__version__
+assert machine.devices and all(isinstance(device, str) for device in machine.devices)
+assert machine.threads == 1, machine
+assert _backend.compiles() == (machine.devices != ("CPU",))
+from tensorflow.python.framework import config
+assert config.is_op_determinism_enabled()
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_another_number_of_threads_after_the_start_is_refused() -> None:
+    done = python("""
+from pneumoscope import _backend
+from pneumoscope._backend import keras
+from pneumoscope.errors import UsageError
+keras.ops.ones(3)  # starts with every core
+cores = _backend.available_cores()
+_backend.prepare()
+_backend.prepare(threads=cores)
+assert _backend.describe().threads == cores
+try:
+    _backend.prepare(threads=cores + 1)
+except UsageError as error:
+    assert str(error) == (
+        f"TensorFlow already runs with {cores} threads, {cores + 1} were asked for; start a new Python process."
+    ), error
+else:
+    raise SystemExit("not refused")
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+@needs_backend
+def test_other_backends_start_quietly_and_say_what_they_run_on(name: str) -> None:
+    done = python(
+        """
+import sys
+from pneumoscope import _backend
+name = sys.argv[1]
+assert _backend.prepare(threads=1) == name == _backend.chosen()
+from pneumoscope._backend import keras
+assert keras.config.backend() == name
+keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).predict_on_batch(keras.ops.ones((2, 2)))
+machine = _backend.describe()
+assert machine.backend == name and sorted(machine.versions) == sorted(["keras", "python", name]), machine
+assert machine.devices, machine
+if name == "torch":
+    assert machine.threads == 1, machine
+assert _backend.compiles() == (name == "jax")
+""",
+        name,
+        KERAS_BACKEND=name,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- The main job on each ---------------------------------------------------------------------------------------------
+
+
+def run_smoke(data: Path, folder: Path, *, before: str = "", **environment: str) -> Any:
+    """Run the main job as the command line does; return metrics.json."""
+    code = before + "import sys; from pneumoscope.cli import main; sys.exit(main())"
+    done = python(code, "run", str(data), "-o", str(folder), "--preset", "smoke", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def assert_complete(content: Any, folder: Path, *, backend: str) -> None:
+    assert list(content["models"]) == ["cnn", "tl", "ft"]
+    for model, splits in content["models"].items():
+        assert {split: figures["n"] for split, figures in splits.items()} == {"validation": 10, "test": 16}
+        for figures in splits.values():
+            for key in ("loss", "accuracy", "auc", "sensitivity", "specificity"):
+                assert math.isfinite(figures[key]), (model, key)
+            assert figures["false_negatives"] + figures["false_positives"] <= figures["n"]
+            assert figures["operating_point"]["name"] == "youden"
+        assert (folder / "models" / f"{model}.keras").stat().st_size > 1000
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["status"] == "finished"
+    assert manifest["machine"]["backend"] == backend
+
+
+@pytest.mark.slow
+@needs_backend
+def test_the_main_job_runs_on_another_backend(name: str, tiny_set: Path, tmp_path: Path) -> None:
+    content = run_smoke(tiny_set, tmp_path / "run", KERAS_BACKEND=name)
+    assert_complete(content, tmp_path / "run", backend=name)
+
+
+@pytest.mark.slow
+@needs_backend
+def test_the_main_job_runs_where_tensorflow_is_not_installed(name: str, tiny_set: Path, tmp_path: Path) -> None:
+    """Without KERAS_BACKEND: the backend is the one that is there."""
+    hidden = ("tensorflow", "tensorboard", *(other for other in OTHERS if other != name))
+    content = run_smoke(tiny_set, tmp_path / "run", before=HIDE.replace("{HIDDEN}", repr(hidden)))
+    assert_complete(content, tmp_path / "run", backend=name)
