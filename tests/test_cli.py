@@ -269,9 +269,7 @@ def test_the_tutorial_preset_runs_small_and_says_where_it_is_fragile(data: Path,
 
 
 @pytest.mark.slow
-def test_the_tutorial_preset_at_full_size_saves_models_of_the_published_sizes(
-    data: Path, tmp_path: Path, call: Call
-) -> None:
+def test_the_tutorial_preset_at_full_size_saves_models_of_the_published_sizes(tmp_path: Path, call: Call) -> None:
     import h5py  # comes with Keras
 
     few = phantom.write_dataset(tmp_path / "few", n_train=32, n_test=8, size_px=224)
@@ -892,3 +890,11 @@ def test_help_answers_without_loading_a_backend() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_after_a_mistyped_data_path_the_right_call_needs_no_resume(
+    data: Path, tmp_path: Path, call: Call, refused: Callable[..., str]
+) -> None:
+    refused("run", tmp_path / "typo", "-o", tmp_path / "out", *SMALL, status=1)
+    call("run", data, "-o", tmp_path / "out", *SMALL)
+    assert (tmp_path / "out" / "metrics.json").exists()

@@ -35,7 +35,7 @@ class Run:
         Parameters
         ----------
         folder : Path
-            New, empty, or, with `resume`, one that an earlier run left.
+            New, empty, one whose run ended before it had read its images, or, with `resume`, any earlier run's.
         resume : bool
             Go on with what is there; starts fresh where there is nothing.
 
@@ -64,7 +64,7 @@ class Run:
             raise RunError(
                 f"{folder} is not empty and holds no run (found {content[0]!r}); choose a new folder with -o."
             )
-        if content and not resume:
+        if run.spec_path.exists() and not resume:  # one that ended before it had read its images lost nothing
             raise RunError(
                 f"{folder} already holds a run ({run.status}); go on with --resume, or choose a new folder with -o."
             )
