@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import tempfile
 import time
@@ -61,6 +60,31 @@ class Row:
     def ratio(self) -> float:
         return self.plain_s / self.ours_s
 
+    def of_peak(self, peak: float) -> float | None:
+        """Share of the machine's peak, in GFLOP/s, that ours reaches."""
+        return None if self.ours_gflop is None else self.ours_gflop / self.ours_s / peak
+
+    def as_dict(self, *, peak: float) -> dict[str, Any]:
+        found = {"ratio": self.ratio, "extrapolated": bool(self.how), "fraction_of_peak": self.of_peak(peak)}
+        return asdict(self) | found
+
+    def line(self, *, peak: float) -> str:
+        share = self.of_peak(peak)
+        return (
+            f"{self.work:<14}{self.plain_s:>12,.2f}{self.ours_s:>12,.2f}{self.ratio:>8.2f}{self.target or '':>8}"
+            f"{'' if share is None else f'{share:.0%}':>9}  {self.how}"
+        )
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """One pass over the images, and 50 epochs of each approach on what it stored."""
+
+    features_s: float
+    features_gflop: float
+    epochs_s: dict[str, float]
+    epochs_gflop: dict[str, float]
+
 
 class Bench:
     def __init__(self, data: Path, work: Path) -> None:
@@ -72,13 +96,13 @@ class Bench:
 
     # -- the cnn, epoch against epoch ---------------------------------------------------------------------------
 
-    def cnn_224(self) -> Row:
+    def cnn_224(self) -> list[Row]:
         rows = self.catalog.rows("train")
         chosen = rows.sample(min(SUBSET, len(rows)), random_state=0)
-        return self._cnn("cnn-224", self._folder("files-224", chosen, copies=1), target=1.15)
+        return [self._cnn("cnn-224", self._folder("files-224", chosen, copies=1), target=1.15)]
 
-    def cnn_full(self) -> Row:
-        return self._cnn("cnn-full", self._originals(), target=1.3)
+    def cnn_full(self) -> list[Row]:
+        return [self._cnn("cnn-full", self._originals(), target=1.3)]
 
     def _cnn(self, work: str, folder: Path, *, target: float) -> Row:
         spec = Spec.preset_named("tutorial").with_overrides(["backbone.weights=none", "train.epochs=2"])
@@ -99,29 +123,30 @@ class Bench:
 
     # -- schedules on a backbone ----------------------------------------------------------------------------------
 
-    def tl_schedule(self) -> Row:
-        return self._resnet("tl", trainable=0, rate=5e-5, target=40)
+    def resnet(self) -> list[Row]:
+        """The tutorial's backbone; each row bears the whole time of the one pass that serves both approaches."""
+        plain_s = {}
+        for approach, trainable, rate in (("tl", 0, 5e-5), ("ft", 13, 2e-6)):
+            plain_s[approach] = self._plain_schedule(plain.resnet(trainable=trainable, rate=rate))
+            keras.backend.clear_session()
+        ours = self._our_schedules(["tl", "ft"], self.tutorial)
+        targets = {"tl": 40, "ft": 10}
+        return [
+            Row(f"{name}-schedule", plain_s[name], ours.features_s + ours.epochs_s[name], _HOW, targets[name],
+                ours.features_gflop + ours.epochs_gflop[name])
+            for name in plain_s
+        ]  # fmt: skip
 
-    def ft_schedule(self) -> Row:
-        return self._resnet("ft", trainable=13, rate=2e-6, target=10)
-
-    def _resnet(self, approach: str, *, trainable: int, rate: float, target: float) -> Row:
-        model = plain.resnet(trainable=trainable, rate=rate)
-        plain_s = self._plain_schedule(model)
-        keras.backend.clear_session()
-        spec = self.tutorial.with_overrides([f"models=['{approach}']", "train.epochs=3"])
-        ours_s, gflop = self._our_schedule([approach], spec, cache=self.work / f"cache-{approach}")
-        return Row(f"{approach}-schedule", plain_s, ours_s, _HOW, target, gflop)
-
-    def lite0(self) -> Row:
-        spec = Spec.preset_named("default").with_overrides(["backbone.weights=none", "train.epochs=3"])
-        spec = spec.with_overrides(["augment.zoom=0", "augment.translation=0", "models=['tl', 'ft']"])
+    def lite0(self) -> list[Row]:
+        spec = Spec.preset_named("default").with_overrides(["backbone.weights=none"])
         plain_s = 0.0
         for approach in ("tl", "ft"):
-            model = plain.compiled(models.build(approach, spec), rate=1e-4)
-            plain_s += self._plain_schedule(_from_rgb(model))
-        ours_s, gflop = self._our_schedule(["tl", "ft"], spec, cache=self.work / "cache-lite0")
-        return Row("lite0-tl-ft", plain_s, ours_s, _HOW, 8, gflop)
+            model = plain.compiled(plain.from_rgb(models.build(approach, spec)), rate=1e-4)
+            plain_s += self._plain_schedule(model)
+        ours = self._our_schedules(["tl", "ft"], spec)
+        ours_s = ours.features_s + sum(ours.epochs_s.values())
+        gflop = ours.features_gflop + sum(ours.epochs_gflop.values())
+        return [Row("lite0-tl-ft", plain_s, ours_s, _HOW, 8, gflop)]
 
     def _plain_schedule(self, model: Any) -> float:
         """Seconds of 50 epochs, from measured training and validation batches."""
@@ -132,29 +157,30 @@ class Bench:
         check = _seconds(lambda: model.evaluate(validation.take(MEASURED_BATCHES), verbose=0)) / MEASURED_BATCHES
         return EPOCHS * (learn * int(train.cardinality()) + check * int(validation.cardinality()))
 
-    def _our_schedule(self, approaches: list[str], spec: Spec, *, cache: Path) -> tuple[float, float]:
-        """Seconds of feature extraction and 50 epochs of each approach, and the arithmetic in GFLOP."""
-        os.environ["PNEUMOSCOPE_CACHE"] = str(cache)
-        divided = _as_keras(self.catalog, spec)
-        store = ImageStore.pack(divided, size_px=224)
-        built = [models.build(approach, spec) for approach in approaches]
-        seconds = _seconds(lambda: training.extract_features(built, store, divided, spec=spec))
-        n_train, n_validation = len(divided.rows("train")), len(divided.rows("validation"))
-        gflop = 0.0
-        for model in built:
-            history = training.train(model, store, divided, spec=spec)
-            seconds += EPOCHS * statistics.median(history.epochs["seconds"].iloc[1:])
-            cut = models.cut(model)
-            assert cut is not None
-            prefix, tail = models.split_at(model, cut)
-            gflop += EPOCHS * gflop_per_image(tail) * (3 * n_train + n_validation)
-            gflop += gflop_per_image(prefix) * (n_train + n_validation) if model is built[0] else 0
-        shutil.rmtree(cache)
-        return seconds, gflop
+    def _our_schedules(self, approaches: list[str], spec: Spec) -> _Ours:
+        """Measure the whole feature extraction, views 0, and three epochs of each approach."""
+        spec = spec.with_overrides(["features.views=0", "train.epochs=3"])
+        with tempfile.TemporaryDirectory(dir=self.work) as cache:
+            os.environ["PNEUMOSCOPE_CACHE"] = cache
+            divided = _as_keras(self.catalog, spec)
+            store = ImageStore.pack(divided, size_px=224)
+            built = {approach: models.build(approach, spec) for approach in approaches}
+            features_s = _seconds(lambda: training.extract_features(list(built.values()), store, divided, spec=spec))
+            n_train, n_validation = len(divided.rows("train")), len(divided.rows("validation"))
+            epochs_s, epochs_gflop, features_gflop = {}, {}, 0.0
+            for name, model in built.items():
+                history = training.train(model, store, divided, spec=spec)
+                epochs_s[name] = EPOCHS * statistics.median(history.epochs["seconds"].iloc[1:])
+                cut = models.cut(model)
+                assert cut is not None
+                prefix, tail = models.split_at(model, cut)
+                epochs_gflop[name] = EPOCHS * gflop_per_image(tail) * (3 * n_train + n_validation)
+                features_gflop = max(features_gflop, gflop_per_image(prefix) * (n_train + n_validation))
+        return _Ours(features_s, features_gflop, epochs_s, epochs_gflop)
 
     # -- everything after training --------------------------------------------------------------------------------
 
-    def evaluation(self) -> Row:
+    def evaluation(self) -> list[Row]:
         """Both splits, with every count, curve and table; the peer predicts file by file, for counts and for curves."""
         spec = self.tutorial.with_overrides(["models=['cnn']"])
         divided = _as_keras(self.catalog, spec)
@@ -175,18 +201,18 @@ class Bench:
                 predictions.table.to_csv(self.work / f"scores-{index}.csv")
 
         how = f"plain: {len(some)} of {len(paths)} files measured, two passes (counts; curves)"
-        return Row("evaluation", 2 * each * len(paths), _seconds(ours), how, 10, gflop_per_image(model) * len(paths))
+        return [Row("evaluation", 2 * each * len(paths), _seconds(ours), how, 10, gflop_per_image(model) * len(paths))]
 
-    def pack_full(self) -> Row:
+    def pack_full(self) -> list[Row]:
         """Decode and resize originals once: the peer's loader reads them through, ours packs them."""
         folder = self._originals()
         train, validation = plain.load(folder, augment=False)
         plain_s = _seconds(lambda: [None for part in (train, validation) for _ in part])
         catalog = Catalog.scan(folder)
         ours_s = _seconds(lambda: ImageStore.pack(catalog, size_px=224, cache=self.work / "pack-full"))
-        return Row("pack-full", plain_s, ours_s)
+        return [Row("pack-full", plain_s, ours_s)]
 
-    def predict_one(self) -> Row:
+    def predict_one(self) -> list[Row]:
         spec = self.tutorial.with_overrides(["models=['cnn']"])
         model, peer = models.build("cnn", spec), plain.cnn()
         path = self.catalog.root / self.catalog.rows("test")["path"].iloc[0]
@@ -199,7 +225,7 @@ class Bench:
         plain.predict_one(peer, path)
         ours()
         pairs = [(_seconds(lambda: plain.predict_one(peer, path)), _seconds(ours)) for _ in range(20)]
-        return Row("predict-one", *(statistics.median(part) for part in zip(*pairs, strict=True)))
+        return [Row("predict-one", *(statistics.median(part) for part in zip(*pairs, strict=True)))]
 
     def growth(self) -> list[dict[str, float | str]]:
         """Seconds for N and 4 N images."""
@@ -258,13 +284,6 @@ def _as_keras(catalog: Catalog, spec: Spec) -> Catalog:
     return catalog.split(spec.split, seed=spec.seed)
 
 
-def _from_rgb(model: Any) -> Any:
-    """Let the peer feed its [0, 1] RGB batches to a network that takes grey 0 to 255."""
-    rgb = keras.Input((224, 224, 3))
-    grey = keras.layers.Lambda(lambda x: x[..., :1] * 255.0, output_shape=(224, 224, 1))(rgb)
-    return plain.compiled(keras.Model(rgb, model(grey)), rate=1e-4)
-
-
 def _seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
@@ -305,7 +324,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[2] / "shared" / "data" / "chest_xray"
     arguments.add_argument("--data", type=Path, default=default, help="Kaggle layout at 224 px")
-    arguments.add_argument("--only", nargs="*", help="ids of rows")
+    arguments.add_argument("--only", nargs="*", help="names of works: ids of rows, lite0, resnet, growth")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PNEUMOSCOPE_CACHE"] = str(Path(folder) / "cache")
@@ -316,9 +335,8 @@ def main() -> None:
             "pack-full": bench.pack_full,
             "predict-one": bench.predict_one,
             "evaluation": bench.evaluation,
-            "lite0-tl-ft": bench.lite0,
-            "tl-schedule": bench.tl_schedule,
-            "ft-schedule": bench.ft_schedule,
+            "lite0": bench.lite0,
+            "resnet": bench.resnet,
         }
         about = machine()
         rows = []
@@ -327,14 +345,9 @@ def main() -> None:
         for name, work in known.items():
             if given.only and name not in given.only:
                 continue
-            row = work()
-            share = row.ours_gflop / row.ours_s / about["peak_gflops_float32"] if row.ours_gflop else None
-            rows.append({**asdict(row), "ratio": row.ratio, "extrapolated": bool(row.how), "fraction_of_peak": share})
-            print(
-                f"{name:<14}{row.plain_s:>12,.2f}{row.ours_s:>12,.2f}{row.ratio:>8.2f}{row.target or '':>8}"
-                f"{'' if share is None else f'{share:.0%}':>9}  {row.how}",
-                flush=True,
-            )
+            for row in work():
+                rows.append(row.as_dict(peak=about["peak_gflops_float32"]))
+                print(row.line(peak=about["peak_gflops_float32"]), flush=True)
             keras.backend.clear_session()
         grown = [] if given.only and "growth" not in given.only else bench.growth()
         for part in grown:

@@ -6,6 +6,7 @@ The loader and the maps run in parallel and ahead of the training, as Keras's ow
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,24 @@ import tensorflow as tf
 SIZE, BATCH, SEED = 224, 32, 42
 
 
+def listed(folder: Path, *, size: int = SIZE) -> tuple[Any, Any]:
+    """Return Keras's own training and validation part of class folders."""
+    with contextlib.redirect_stdout(None):  # it counts the files aloud, verbose or not
+        return keras.utils.image_dataset_from_directory(
+            folder,
+            validation_split=0.2,
+            seed=SEED,
+            subset="both",
+            image_size=(size, size),
+            batch_size=BATCH,
+            label_mode="binary",
+            verbose=False,
+        )
+
+
 def load(folder: Path, *, augment: bool, size: int = SIZE) -> tuple[Any, Any]:
     """Return training and validation batches from class folders, decoded anew whenever they are read."""
-    train, validation = keras.utils.image_dataset_from_directory(
-        folder,
-        validation_split=0.2,
-        seed=SEED,
-        subset="both",
-        image_size=(size, size),
-        batch_size=BATCH,
-        label_mode="binary",
-        verbose=False,
-    )
+    train, validation = listed(folder, size=size)
 
     def scale(images: Any, labels: Any) -> tuple[Any, Any]:
         return images / 255.0, labels
@@ -74,6 +81,13 @@ def with_head(base: Any, *, trainable: int, rate: float) -> Any:
 def resnet(*, trainable: int, rate: float) -> Any:
     base = keras.applications.ResNet152V2(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
     return with_head(base, trainable=trainable, rate=rate)
+
+
+def from_rgb(model: Any) -> Any:
+    """Let a network that takes grey values 0 to 255 be fed the loader's [0, 1] RGB batches."""
+    rgb = keras.Input((SIZE, SIZE, 3))
+    grey = keras.layers.Lambda(lambda x: x[..., :1] * 255.0, output_shape=(SIZE, SIZE, 1))(rgb)
+    return keras.Model(rgb, model(grey))
 
 
 def compiled(model: Any, *, rate: float) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 
 from pneumoscope import backbones, features, models, training
@@ -52,8 +53,8 @@ class Extraction:
         self.network, self.store, self._folder, self._calls = network, store, folder, itertools.count()
 
     def __call__(self, *cuts: str, spec: Spec = SPEC, **changes: Any) -> dict[str, features.FeatureStore]:
-        arguments: dict[str, Any] = {"store": self.store, "rows": ROWS[:40], "spec": spec}
-        return features.extract(self.network, cuts or ("pool",), **arguments | changes)
+        arguments: dict[str, Any] = {"store": self.store, "rows": ROWS[:40], "spec": spec} | changes
+        return features.extract(self.network, cuts or ("pool",), **{"learned": arguments["rows"]} | arguments)
 
     def stored(self, *cuts: str, **changes: Any) -> dict[str, bytes]:
         """Extract into a cache of its own and return what stands there: folder -> features."""
@@ -117,6 +118,46 @@ def test_views_are_the_clean_images_and_changed_ones(extract: Extraction) -> Non
         assert np.allclose(view, expected, rtol=1e-5, atol=1e-4)
     assert (np.abs(changed[0] - clean).max(axis=1) > 1e-3).mean() > 0.9
     assert (np.abs(changed[0] - changed[1]).max(axis=1) > 1e-3).mean() > 0.9
+
+
+def test_only_images_that_are_learned_from_are_augmented(extract: Extraction) -> None:
+    calls: list[tuple[int, int]] = []
+    learned = np.array([3, 8, 21])
+    clean, *changed = extract(spec=VIEWS, learned=learned, progress=lambda *step: calls.append(step))["pool"].views
+    assert len(clean) == 40
+    assert [len(view) for view in changed] == [3, 3]
+    assert np.array_equal(changed[0], extract(spec=VIEWS, rows=learned)["pool"].views[1])
+    assert calls[-1] == (46, 46)
+
+
+def test_values_too_large_for_half_precision_are_refused(network: Any, extract: Extraction) -> None:
+    layer = network.get_layer("map")
+    before = layer.get_weights()
+    layer.set_weights([weight * 1e6 for weight in before])
+    try:
+        with pytest.raises(
+            StoreError,
+            match=r"^The frozen layers gave values that float16 cannot hold \(the largest is [\de+.]+\); "
+            r"set features\.dtype=float32 and check the weights\.$",
+        ):
+            extract(spec=SPEC.with_overrides(["features.dtype=float16"]))
+        assert np.abs(extract()["pool"].views[0]).max() > 65_504
+    finally:
+        layer.set_weights(before)
+
+
+def test_bfloat16_arithmetic_is_stored_as_it_is(packed: Packed) -> None:
+    catalog, store = packed
+    spec = SPEC.with_overrides(["train.precision=bfloat16", "features.dtype=float16", "backbone.weights=imagenet"])
+    model = models.build("tl", spec)
+    found = training.extract_features([model], store, catalog, spec=spec)["pool"].views[0]
+    rows = np.unique(store.rows_of(catalog.rows("train")))[:5]
+    everything = np.unique(store.rows_of(pd.concat([catalog.rows("train"), catalog.rows("validation")])))
+    prefix, tail = models.split_at(model, "pool")
+    images = store.images[rows][..., None]
+    stored = found[np.searchsorted(everything, rows)].astype(np.float32)
+    assert np.allclose(stored, keras.ops.convert_to_numpy(prefix(images)).astype(np.float32), rtol=0.02, atol=0.02)
+    assert np.allclose(tail(stored), model(images), atol=0.02)
 
 
 def test_several_cuts_in_one_pass_are_the_same_as_one_by_one(extract: Extraction) -> None:
@@ -331,7 +372,7 @@ def progress(done, total):
 
 features.extract(
     models.build("tl", spec), ["pool"], store=ImageStore.open(folder), rows=np.tile(np.arange(64), 10), spec=spec,
-    cache=cache, progress=progress,
+    learned=np.arange(0), cache=cache, progress=progress,
 )
 """
 

@@ -386,6 +386,14 @@ def test_a_resumed_training_on_stored_views_is_the_uninterrupted_one(packed: Pac
     assert same_weights(again, model)
 
 
+def test_a_resumed_training_in_bfloat16_is_the_uninterrupted_one(packed: Packed, tmp_path: Path) -> None:
+    spec = CHANGING.with_overrides(["train.precision=bfloat16"])
+    model, _ = train("cnn", packed, spec, checkpoint=tmp_path / "alone.npz")
+    again, _ = resumed("cnn", packed, spec, tmp_path / "cnn.npz", (4,))
+    assert_same(state_in(tmp_path / "cnn.npz"), state_in(tmp_path / "alone.npz"))
+    assert same_weights(again, model)
+
+
 def test_a_finished_training_is_not_trained_again(alone: dict[str, Any], packed: Packed, tmp_path: Path) -> None:
     shutil.copy(alone["checkpoint"], tmp_path)
     said: list[Any] = []

@@ -41,8 +41,9 @@ class FeatureStore:
 
     Attributes
     ----------
-    views : tuple of ndarray, each of shape (N, ...)
-        Memory-mapped, read only, float16 or float32. The first is of the clean images, the others of augmented copies.
+    views : tuple of ndarray, the first of shape (N, ...), the others (n, ...)
+        Memory-mapped, read only, float16 or float32. The first is of the clean images, the others of augmented copies
+        of those that are learned from.
     """
 
     views: tuple[npt.NDArray[Any], ...]
@@ -54,6 +55,7 @@ def extract(
     *,
     store: ImageStore,
     rows: npt.NDArray[np.intp],
+    learned: npt.NDArray[np.intp],
     spec: Spec,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -70,6 +72,8 @@ def extract(
         The images.
     rows : ndarray of intp, shape (N,)
         Which images, in the order of the features.
+    learned : ndarray of intp, shape (n,)
+        Those that are learned from; only these are augmented.
     spec : Spec
         ``features``, ``augment``, ``backbone`` and ``seed``.
     cache : Path, optional
@@ -88,21 +92,34 @@ def extract(
         Where there is too little space or the cache cannot be written.
     """
     root = cache or _files.cache_dir()
-    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in cuts}
-    views = 1 + spec.features.views
-    for view in range(views):
-        targets = {name: root / f"features-{_key(name, view, store=store, rows=rows, spec=spec)}" for name in cuts}
-        missing = {name: folder for name, folder in targets.items() if not (folder / "manifest.json").exists()}
-        if missing:
+    rows_of = [rows, *[learned] * spec.features.views]
+    targets = [
+        {name: root / f"features-{_key(name, view, store=store, rows=rows_of[view], spec=spec)}" for name in cuts}
+        for view in range(len(rows_of))
+    ]
+    missing = [{name: folder for name, folder in part.items() if not _finished(folder)} for part in targets]
+    size = sum(np.prod(_shape(model, name, len(rows_of[view]))) for view, part in enumerate(missing) for name in part)
+    if size:
+        _files.require_space(root, int(size) * np.dtype(spec.features.dtype).itemsize, what="Storing the features")
+    total, before = sum(map(len, rows_of)), 0
+    for view, chosen in enumerate(rows_of):
 
-            def report(done: int, before: int = view * len(rows)) -> None:
-                if progress is not None:
-                    progress(before + done, views * len(rows))
+        def report(done: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
 
-            _compute(model, missing, view, store=store, rows=rows, spec=spec, report=report)
-        for name, folder in targets.items():
-            found[name].append(open_array(folder / "features.npy"))
-    return {name: FeatureStore(tuple(arrays)) for name, arrays in found.items()}
+        if missing[view]:
+            _compute(model, missing[view], view, store=store, rows=chosen, spec=spec, report=report)
+        before += len(chosen)
+    return {name: FeatureStore(tuple(open_array(part[name] / "features.npy") for part in targets)) for name in cuts}
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
+
+
+def _shape(model: models.Model, cut: str, n: int) -> tuple[int, ...]:
+    return (n, *model.get_layer(cut).output.shape[1:])
 
 
 def _key(cut: str, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec) -> str:
@@ -135,11 +152,8 @@ def _compute(
 ) -> None:
     """Run one view of the images through the network up to every cut, and store what comes out."""
     prefix = keras.Model(model.input, [model.get_layer(name).output for name in targets])
-    shapes = [(len(rows), *model.get_layer(name).output.shape[1:]) for name in targets]
     dtype = np.dtype(spec.features.dtype)
-    size = sum(int(np.prod(shape)) for shape in shapes) * dtype.itemsize
-    _files.require_space(next(iter(targets.values())).parent, size, what="Storing the features")
-    partial = [_Partial(folder, shape, dtype) for folder, shape in zip(targets.values(), shapes, strict=True)]
+    partial = [_Partial(folder, _shape(model, name, len(rows)), dtype) for name, folder in targets.items()]
     network, fetch = _reader(prefix, view, store=store, rows=rows, spec=spec)
     start = min(part.done for part in partial)
 
@@ -150,12 +164,24 @@ def _compute(
     for step, (positions, outputs) in enumerate(batches, start=1):
         done = positions.stop + start
         for part, output in zip(partial, outputs, strict=True):
-            part.array[positions.start + start : done] = output
+            part.array[positions.start + start : done] = _narrowed(output, dtype)
             if step % _STEPS_BETWEEN_MARKS == 0:
                 part.mark(done)
         report(done)
     for part in partial:
         part.finish()
+
+
+def _narrowed(output: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return the outputs in the precision they are stored in; float16 ends at 65,504."""
+    with np.errstate(over="ignore"):  # said below, in a sentence
+        stored = output.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise StoreError(
+            f"The frozen layers gave values that {dtype} cannot hold (the largest is "
+            f"{float(np.abs(output.astype(np.float32)).max()):g}); set features.dtype=float32 and check the weights."
+        )
+    return stored
 
 
 def _reader(
@@ -206,7 +232,7 @@ class _Partial:
         try:
             os.replace(self._folder, self._target)
         except OSError:
-            if (self._target / "manifest.json").exists():  # another process was quicker with the same features
+            if _finished(self._target):  # another process was quicker with the same features
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:  # a deletion was interrupted
                 shutil.rmtree(self._target, ignore_errors=True)

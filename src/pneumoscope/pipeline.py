@@ -286,12 +286,21 @@ class _Job:
     def train(self) -> None:
         waiting = [model for model in self.spec.models if not self.run.model_path(model).exists()]
         built = {model: models.build(model, self.spec) for model in waiting}
-        if self.spec.features.cache and any(models.cut(model) for model in built.values()):
-            on_backbone = [model for model in built.values() if models.cut(model)]
+        on_backbone = {name: model for name, model in built.items() if models.cut(model)}
+        if self.spec.features.cache and on_backbone:
+            self._say_views(list(on_backbone))
+            built_on = list(on_backbone.values())
             with self.voice.stage("Running the frozen layers once"), self.voice.bar("features") as progress:
-                training.extract_features(on_backbone, self.store, self.catalog, spec=self.spec, progress=progress)
+                training.extract_features(built_on, self.store, self.catalog, spec=self.spec, progress=progress)
         for name in waiting:
             self._train_one(name, built.pop(name))
+
+    def _say_views(self, names: list[str]) -> None:
+        if self.spec.augment.active and not self.spec.features.views:
+            self.voice.say(
+                f"  {' and '.join(names)}: trained on stored features of the clean images, without augmentation; "
+                "features.views=K adds K augmented copies of each, features.cache=false draws fresh ones in each step."
+            )
 
     def _train_one(self, name: str, model: models.Model) -> None:
         spec, title = self.spec, TITLES[name]

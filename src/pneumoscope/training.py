@@ -163,26 +163,36 @@ class _Images:
 
 
 class _Features:
-    """Stored features; with several views, a random one of each image in each epoch."""
+    """Stored features; with augmented views, a random one of each image, the clean one among them, in each epoch."""
 
     def __init__(
-        self, views: Sequence[npt.NDArray[Any]], rows: npt.NDArray[np.intp], labels: Labels, seed: int
+        self,
+        clean: npt.NDArray[Any],
+        rows: npt.NDArray[np.intp],
+        labels: Labels,
+        *,
+        augmented: Sequence[npt.NDArray[Any]] = (),
+        augmented_rows: npt.NDArray[np.intp] | None = None,
+        seed: int = 0,
     ) -> None:
-        self._views, self._rows, self.labels, self._seed = views, rows, labels, seed
+        self._clean, self._rows, self.labels, self._seed = clean, rows, labels, seed
+        self._augmented, self._augmented_rows = augmented, rows if augmented_rows is None else augmented_rows
         self._chosen: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def batch(self, positions: Positions, epoch: int) -> Any:
         return self._stored(positions, epoch).astype(np.float32)  # backends know float16 badly on CPUs
 
     def _stored(self, positions: Positions, epoch: int) -> npt.NDArray[Any]:
-        rows = self._rows[positions]
-        if len(self._views) == 1:
-            return self._views[0][rows]
+        stored = self._clean[self._rows[positions]]
+        if not self._augmented:
+            return stored
         if self._chosen[0] != epoch:
             generator = np.random.default_rng([self._seed, models.VIEW_CHOICE, epoch])
-            self._chosen = epoch, generator.integers(0, len(self._views), len(self._rows))
-        chosen = self._chosen[1][positions]
-        return np.stack([self._views[view][row] for view, row in zip(chosen, rows, strict=True)])
+            self._chosen = epoch, generator.integers(0, 1 + len(self._augmented), len(self._rows))
+        chosen, rows = self._chosen[1][positions], self._augmented_rows[positions]
+        for view, features_ in enumerate(self._augmented, start=1):
+            stored[chosen == view] = features_[rows[chosen == view]]
+        return stored
 
 
 def train(
@@ -261,16 +271,26 @@ def _arrange(
         return network, model, _Images(store, learn, changed, spec.seed), _Images(store, check, None, spec.seed)
     stored = extract_features([model], store, catalog, spec=spec, progress=progress)[cut]
     _, tail = models.split_at(model, cut)
-    both = pd.concat([learn, check])
-    inverse = np.unique(store.rows_of(both), return_inverse=True)[1]
-    labels = both["label"].to_numpy(dtype=np.float32)
-    n = len(learn)
+    clean, *augmented = stored.views
+    clean_rows, learned_rows = _distinct(store, learn, check), _distinct(store, learn)
     return (
         tail,
         tail,
-        _Features(stored.views, inverse[:n], labels[:n], spec.seed),
-        _Features(stored.views[:1], inverse[n:], labels[n:], spec.seed),
+        _Features(
+            clean,
+            np.searchsorted(clean_rows, store.rows_of(learn)),
+            learn["label"].to_numpy(dtype=np.float32),
+            augmented=augmented,
+            augmented_rows=np.searchsorted(learned_rows, store.rows_of(learn)),
+            seed=spec.seed,
+        ),
+        _Features(clean, np.searchsorted(clean_rows, store.rows_of(check)), check["label"].to_numpy(dtype=np.float32)),
     )
+
+
+def _distinct(store: ImageStore, *tables: pd.DataFrame) -> npt.NDArray[np.intp]:
+    """Return the rows of the store that some tables' images stand in, each once, sorted."""
+    return np.unique(np.concatenate([store.rows_of(table) for table in tables]))
 
 
 def extract_features(
@@ -301,13 +321,15 @@ def extract_features(
     Returns
     -------
     dict of str to FeatureStore
-        By the name of the layer where each model is cut; rows are the distinct images, sorted by their row in `store`.
+        By the name of the layer where each model is cut; rows are the distinct images, sorted by their row in `store`:
+        of training and validation in the clean view, of training in the augmented ones.
     """
     cuts = {cut: model for model in built if (cut := models.cut(model)) is not None}
     if not cuts or not spec.features.cache:
         return {}
-    rows = np.unique(store.rows_of(pd.concat([catalog.rows("train"), catalog.rows("validation")])))
-    return features.extract(built[0], list(cuts), store=store, rows=rows, spec=spec, progress=progress)
+    learn, check = catalog.rows("train"), catalog.rows("validation")
+    rows, learned = _distinct(store, learn, check), _distinct(store, learn)
+    return features.extract(built[0], list(cuts), store=store, rows=rows, learned=learned, spec=spec, progress=progress)
 
 
 class _Loop:
