@@ -46,10 +46,6 @@ def measure(stage: str, data: Path) -> None:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = max(peak, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
 
-    from pneumoscope import _backend
-
-    _backend.prepare()
-    from pneumoscope import inference, metrics, models, training
     from pneumoscope.catalog import Catalog
     from pneumoscope.specs import Spec
     from pneumoscope.store import ImageStore
@@ -59,6 +55,11 @@ def measure(stage: str, data: Path) -> None:
     started = time.monotonic()
     catalog = Catalog.scan(data).split(spec.split, seed=spec.seed)
     store = ImageStore.pack(catalog, size_px=64)
+    if stage != "pack":  # packing needs no network: its peak is not hidden behind the size of a backend
+        from pneumoscope import _backend
+
+        _backend.prepare(threads=spec.train.threads)
+        from pneumoscope import inference, metrics, models, training
     if stage == "features":
         training.extract_features([models.build("tl", spec)], store, catalog, spec=spec)
     elif stage == "training":

@@ -7,6 +7,7 @@ The loader and the maps run in parallel and ahead of the training, as Keras's ow
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ SIZE, BATCH, SEED = 224, 32, 42
 
 def listed(folder: Path, *, size: int = SIZE) -> tuple[Any, Any]:
     """Return Keras's own training and validation part of class folders."""
-    with contextlib.redirect_stdout(None):  # it counts the files aloud, verbose or not
+    with contextlib.redirect_stdout(io.StringIO()):  # it counts the files aloud, verbose or not
         return keras.utils.image_dataset_from_directory(
             folder,
             validation_split=0.2,

@@ -100,7 +100,9 @@ def main() -> None:
     for seed in given.seeds:
         for approach in given.models:
             preset = "tutorial" if given.what == "plain" and approach == "cnn" else "default"
-            spec = Spec.preset_named(preset).with_overrides([f"seed={seed}", f"train.epochs={epochs}"])
+            spec = Spec.preset_named(preset).with_overrides(
+                [f"seed={seed}", f"train.epochs={epochs}", "split.calibration=0"]
+            )
             if given.what == "plain":
                 spec = spec.with_overrides(["split.by=image"])
                 quality.check_split(spec)

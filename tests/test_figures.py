@@ -48,6 +48,11 @@ def grid(*, title: str, note: str = "") -> Figure:
     return figures.sample_grid([picture()] * 3, captions=["a.jpeg", "b.jpeg", "c.jpeg"], title=title, note=note)
 
 
+def couples(*, title: str, note: str = "", n: int = 3) -> Figure:
+    names = [(f"{at}a.jpeg", f"{at}b.jpeg") for at in range(n)]
+    return figures.pairs([(picture(), picture(30, 20))] * n, captions=names, title=title, note=note)
+
+
 DRAWINGS: dict[str, Callable[..., Figure]] = {
     "accuracy_curve": lambda **options: figures.accuracy_curve(history(), best_epoch=7, **options),
     "loss_curve": lambda **options: figures.loss_curve(history(), best_epoch=7, **options),
@@ -56,6 +61,7 @@ DRAWINGS: dict[str, Callable[..., Figure]] = {
     "class_bars": lambda **options: figures.class_bars(COUNTS, **options),
     "class_pie": lambda **options: figures.class_pie(COUNTS, **options),
     "sample_grid": grid,
+    "pairs": couples,
 }
 every_drawing = pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS.keys())
 
@@ -102,7 +108,7 @@ def test_no_pyplot_figure_is_opened_and_the_figure_shows_itself_in_a_notebook(dr
     assert Image.open(io.BytesIO(shown._repr_png_())).format == "PNG"
 
 
-@pytest.mark.parametrize("name", [name for name in DRAWINGS if name != "sample_grid"])
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if name not in ("sample_grid", "pairs")])
 def test_draws_into_given_axes_and_returns_their_figure(name: str) -> None:
     figure = Figure(figsize=(10, 5))
     left, right = figure.subplots(1, 2)
@@ -211,6 +217,27 @@ def test_sample_grid_refuses_what_does_not_fit() -> None:
         figures.sample_grid([picture()] * 2, captions=["a"], title="t")
     with pytest.raises(UsageError, match="got 3 images and 3 captions for 1 x 2 cells"):
         figures.sample_grid([picture()] * 3, captions=["a"] * 3, title="t", rows=1, columns=2)
+
+
+def test_pairs_stand_side_by_side_two_in_a_row_each_image_under_its_caption() -> None:
+    shown = [ax for ax in couples(title="t").axes if ax.images]
+    assert [ax.get_title() for ax in shown] == ["0a.jpeg", "0b.jpeg", "1a.jpeg", "1b.jpeg", "2a.jpeg", "2b.jpeg"]
+    places = [(spec.rowspan.start, spec.colspan.start) for ax in shown if (spec := ax.get_subplotspec())]
+    assert places == [(0, 0), (0, 1), (0, 3), (0, 4), (1, 0), (1, 1)]
+    for ax, wanted in zip(shown, [picture(), picture(30, 20)] * 3, strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), wanted)
+        assert ax.images[0].get_clim() == (0, 255)
+
+
+def test_no_pairs_are_called_so_and_too_many_are_refused() -> None:
+    assert "no pairs" in texts(couples(title="t", n=0))
+    assert len([ax for ax in couples(title="t", n=12).axes if ax.images]) == 24
+    with pytest.raises(
+        UsageError, match="got 13 pairs and 13 captions; pass one pair of captions for each and no more"
+    ):
+        couples(title="t", n=13)
+    with pytest.raises(UsageError, match="got 1 pairs and 0 captions"):
+        figures.pairs([(picture(), picture())], captions=[], title="t")
 
 
 def test_bars_and_pie_write_counts_percentages_and_the_total() -> None:

@@ -19,16 +19,17 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_files", "_backend"),
     ("dicom", "images", "specs", "predictions", "_torch_weights"),
-    ("_sources", "catalog", "audit", "phantom", "metrics", "backbones", "models"),
-    ("store", "runs", "figures"),
-    ("features", "training", "inference"),
+    ("_sources", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics", "conformal",
+     "comparison", "familiarity", "shift", "backbones", "models"),
+    ("store", "runs", "ledger", "figures"),
+    ("appearance", "audit", "shortcut", "scorecard", "features", "training", "inference"),
     ("narration", "export", "report", "serving", "jobs"),
-    ("pipeline", "cli", "__main__"),
-)
+    ("survey", "pipeline", "cli", "__main__"),
+)  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]
 BACKENDS = {"tensorflow", "jax", "jaxlib", "torch"}
-KERAS_FREE = ("metrics", "figures", "report", "serving")
+KERAS_FREE = ("metrics", "comparison", "shift", "scorecard", "audit", "shortcut", "figures", "report", "serving")
 MAX_LINES = 600
 
 

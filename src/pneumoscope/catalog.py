@@ -166,7 +166,9 @@ class Catalog:
         ----------
         spec : SplitSpec
             ``by="group"`` keeps each group whole and the shares of (label, subtype); ``by="image"`` takes the files
-            that ``keras.utils.image_dataset_from_directory`` takes. A missing test split is always made by group.
+            that ``keras.utils.image_dataset_from_directory`` takes. A missing test split, folds and the calibration
+            part are always made by group. Where the validation groups are too few to be divided there is no
+            calibration part, and a note says so.
         seed : int
             0 or more.
 
@@ -184,16 +186,18 @@ class Catalog:
             held = _hold_out(table, fraction=spec.test, seed=[seed, 1])
             _assign(table, held, "test")
             notes.append(f"The data have no test split; {len(held):,} images were held out for test, by group.")
-        if own := int((table["split"] == "validation").sum()):
+        if spec.folds:
+            table.loc[table["split"] == "validation", "split"] = "train"  # every image is held out once
+            _assign(table, _fold(table, spec.fold, folds=spec.folds, seed=[seed, 3]), "validation")
+        elif own := int((table["split"] == "validation").sum()):
             notes.append(f"The data bring {own:,} validation images of their own; they were kept as they are.")
+        elif spec.by == "image":
+            order = _keras_order(table[table["split"] == "train"])
+            _assign(table, order[keras_validation_mask(len(order), fraction=spec.validation, seed=seed)], "validation")
         else:
-            train = table.index[table["split"] == "train"]
-            if spec.by == "image":
-                order = _keras_order(table.loc[train])
-                held = order[keras_validation_mask(len(order), fraction=spec.validation, seed=seed)]
-            else:
-                held = _hold_out(table, fraction=spec.validation, seed=[seed, 2])
-            _assign(table, held, "validation")
+            _assign(table, _hold_out(table, fraction=spec.validation, seed=[seed, 2]), "validation")
+        if spec.calibration:
+            notes += _keep_calibration(table, fraction=spec.calibration, seed=[seed, 4])
         return replace(self, table=table, notes=tuple(notes))
 
     def quarantine(self, reasons: Mapping[str, str]) -> Catalog:
@@ -395,17 +399,64 @@ def _assign(table: pd.DataFrame, held: npt.NDArray[np.int64], split: str) -> Non
     table.loc[held, "split"] = split
 
 
-def _hold_out(table: pd.DataFrame, *, fraction: float, seed: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Choose whole groups of the train rows, stratified by (label, subtype); return their rows' index.
+def _keep_calibration(table: pd.DataFrame, *, fraction: float, seed: Sequence[int]) -> list[str]:
+    """Move a share of the validation groups to ``calibration`` where both parts keep both labels; return notes."""
+    held = _hold_out(table, fraction=fraction, seed=seed, source="validation")
+    moved = table.index.isin(held)
+    stays = (table["split"] == "validation") & ~moved
+    usable = table["status"] == "ok"
+    if all(table.loc[part & usable, "label"].nunique() == len(LABELS) for part in (moved, stays)):
+        table.loc[held, "split"] = "calibration"
+        return []
+    note = "The validation groups are too few for a calibration part; thresholds come from the validation images."
+    return [note]
+
+
+def _fold(table: pd.DataFrame, fold: int, *, folds: int, seed: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the rows' index of one of `folds` parts of the train groups, each as alike in (label, subtype) as can be.
+
+    The largest groups come first (in a seeded order among equals), each to the part that holds least of its stratum.
+    """
+    strata = _strata(table, "train")
+    if (short := strata.groupby("label").size().min()) < folds:
+        raise DataError(
+            f"{folds} folds need {folds} groups of each label, found {short} of one; choose fewer with --folds."
+        )
+    random = np.random.RandomState(list(seed))
+    shuffled = strata.sort_values("group").iloc[random.permutation(len(strata))]
+    held = np.zeros(folds)
+    mine: list[str] = []
+    for _, stratum in shuffled.groupby(["label", "subtype"]):
+        within = np.zeros(folds)
+        for group, n in stratum.sort_values("n", ascending=False, kind="stable")[["group", "n"]].itertuples(
+            index=False
+        ):
+            to = min(range(folds), key=lambda part: (within[part], held[part]))
+            within[to] += n
+            held[to] += n
+            if to == fold - 1:
+                mine.append(str(group))
+    train = table["split"] == "train"
+    return np.asarray(table.index[train & table["group"].isin(mine)], dtype=np.int64)
+
+
+def _strata(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Return one row per group of a split's usable images: ``group``, commonest ``label`` and ``subtype``, ``n``."""
+    usable = table[(table["split"] == split) & (table["status"] == "ok")]
+    counted = usable.groupby(["group", "label", "subtype"]).size().rename("n").reset_index()
+    main = counted.sort_values(["n", "label", "subtype"], ascending=[False, True, True], kind="stable")
+    return main.drop_duplicates("group").assign(n=lambda rows: rows["group"].map(usable["group"].value_counts()))
+
+
+def _hold_out(
+    table: pd.DataFrame, *, fraction: float, seed: Sequence[int], source: str = "train"
+) -> npt.NDArray[np.int64]:
+    """Choose whole groups of one split's rows, stratified by (label, subtype); return their rows' index.
 
     Groups come in a seeded order, and one is taken where that brings its stratum's images nearer to `fraction`; what
     a stratum misses is carried to the next. A label with two groups or more has one on either side.
     """
-    train = table[table["split"] == "train"]
-    usable = train[train["status"] == "ok"]
-    counted = usable.groupby(["group", "label", "subtype"]).size().rename("n").reset_index()
-    main = counted.sort_values(["n", "label", "subtype"], ascending=[False, True, True], kind="stable")
-    main = main.drop_duplicates("group").assign(n=lambda rows: rows["group"].map(usable["group"].value_counts()))
+    main = _strata(table, source)
     random = np.random.RandomState(list(seed))  # its stream, unlike Generator's, is the same in every NumPy
     chosen: list[str] = []
     carry = 0.0
@@ -422,7 +473,7 @@ def _hold_out(table: pd.DataFrame, *, fraction: float, seed: Sequence[int]) -> n
         if len(of_label) > 1 and len(taken) in (0, len(of_label)):
             taken = taken[:-1] or [str(of_label["group"].min())]
         chosen += taken
-    return np.asarray(train.index[train["group"].isin(chosen)], dtype=np.int64)
+    return np.asarray(table.index[(table["split"] == source) & table["group"].isin(chosen)], dtype=np.int64)
 
 
 def _keras_order(rows: pd.DataFrame) -> npt.NDArray[np.int64]:

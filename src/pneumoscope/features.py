@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from pneumoscope import _files, backbones, models
 from pneumoscope._backend import keras
@@ -112,6 +113,51 @@ def extract(
             _compute(model, missing[view], view, store=store, rows=chosen, spec=spec, report=report)
         before += len(chosen)
     return {name: FeatureStore(tuple(open_array(part[name] / "features.npy") for part in targets)) for name in cuts}
+
+
+def frozen(
+    table: pd.DataFrame,
+    store: ImageStore,
+    *,
+    spec: Spec,
+    among: pd.DataFrame | None = None,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return what the frozen backbone, averaged over the picture, makes of clean images.
+
+    Nothing in it was trained on any of these images, so that two sets can be compared fairly.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of a Catalog.
+    store : ImageStore
+        Their images.
+    spec : Spec
+        ``backbone``, ``features`` and ``image``.
+    among : DataFrame, optional
+        More rows, `table` within them, to compute at once: those that training needs have been stored by it.
+    progress : callable, optional
+        Called with (done, total) images.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, d)
+        In the order of `table`.
+
+    Raises
+    ------
+    WeightsError
+        Where the backbone's weights cannot be had.
+    StoreError
+        As `extract`.
+    """
+    model = models.build("tl", spec)
+    (cut,) = filter(None, [models.cut(model)])
+    rows = np.unique(store.rows_of(table if among is None else among))
+    clean = spec.with_overrides(["features.views=0"])
+    found = extract(model, [cut], store=store, rows=rows, learned=rows, spec=clean, progress=progress)
+    return found[cut].views[0][np.searchsorted(rows, store.rows_of(table))].astype(np.float32)
 
 
 def _finished(folder: Path) -> bool:

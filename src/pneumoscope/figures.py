@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # only the type: drawing a curve needs none of what computing
 RESEARCH_USE = "Research use only, not a medical device"
 """Stands in the lower margin of every figure."""
 
+MAX_PAIRS = 12
+"""Pairs of images in one picture."""
+
 # Okabe & Ito (2008), "Color Universal Design": eight colours told apart with every common colour vision deficiency.
 _BLUE, _VERMILLION, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _OTHERS = (_GREEN, "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
@@ -260,6 +263,57 @@ def sample_grid(
         cell.set_title(_plain(_shortened(caption, _CAPTION_CHARACTERS)), fontsize=8, pad=3)
     if not images:
         figure.text(0.5, 0.5, "no images", ha="center", va="center", color=_GREY, fontsize=13)
+    _footer(figure, note)
+    return figure
+
+
+def pairs(
+    images: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
+    *,
+    captions: Sequence[tuple[str, str]],
+    title: str,
+    note: str = "",
+) -> Figure:
+    """Draw pairs of images side by side, two pairs in a row, for people to compare.
+
+    Parameters
+    ----------
+    images : sequence of (ndarray, ndarray)
+        At most `MAX_PAIRS` pairs, each of two uint8 ``(H, W)``, 0 is black and 255 white; shapes may differ.
+    captions : sequence of (str, str)
+        Of each pair, one for either image; shortened in the middle where they are long.
+    title, note
+        As in `accuracy_curve`.
+
+    Returns
+    -------
+    Figure
+        A new figure.
+
+    Raises
+    ------
+    UsageError
+        Where pairs and captions differ in number, or there are too many.
+    """
+    if len(images) != len(captions) or len(images) > MAX_PAIRS:
+        raise UsageError(
+            f"The picture of pairs got {len(images)} pairs and {len(captions)} captions; "
+            f"pass one pair of captions for each and no more than {MAX_PAIRS} pairs."
+        )
+    rows, gap = max(1, (len(images) + 1) // 2), 0.12
+    figure = _new_figure((9.6, 2.4 * rows + 0.9))
+    figure.suptitle(_wrapped(title, width_in=9.6, points=13), fontsize=13, fontweight="bold")
+    cells = figure.subplots(rows, 5, squeeze=False, width_ratios=[1, 1, gap, 1, 1])
+    for cell in cells.ravel():
+        cell.axis("off")
+        cell.set_anchor("N")
+    for at, (two, names) in enumerate(zip(images, captions, strict=True)):
+        for side, (image, name) in enumerate(zip(two, names, strict=True)):
+            cell = cells[at // 2, at % 2 * 3 + side]
+            cell.imshow(image, cmap="gray", vmin=0, vmax=255)
+            cell.set_title(_plain(_shortened(name, _CAPTION_CHARACTERS)), fontsize=8, pad=3)
+    if not images:
+        figure.text(0.5, 0.5, "no pairs", ha="center", va="center", color=_GREY, fontsize=13)
     _footer(figure, note)
     return figure
 

@@ -7,45 +7,55 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from pneumoscope import (
     _backend,
     _files,
+    appearance,
     backbones,
+    features,
     figures,
     inference,
+    ledger,
     metrics,
     models,
-    phantom,
+    scorecard,
+    shift,
+    shortcut,
+    survey,
     training,
 )
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
+from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, WeightsError
+from pneumoscope.ledger import Ledger, Look
 from pneumoscope.metrics import Evaluation
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.predictions import Predictions
 from pneumoscope.runs import Run
-from pneumoscope.specs import LABELS, Spec
+from pneumoscope.scorecard import SCORED, Choice, Scorecard
+from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
-SCORED = ("validation", "test")
 TITLES: Mapping[str, str] = {
     "cnn": "CNN from scratch",
     "tl": "Transfer learning",
     "ft": "Fine-tuning",
 }
-SAMPLES = 12
 WHOLE_LOSS_TOLERANCE = 0.005
 """Between the loss of the trained tail on stored float16 features and that of the whole saved model, in nats."""
+
+
+SHIFT_IMAGES = 1000
+"""At most so many images of a label and split are compared with those of another; more would cost, not tell, more."""
 
 
 def run(
@@ -99,8 +109,8 @@ def run(
         job = _prepare(spec, data, target, voice, stop)
         job.look()
         job.train()
-        evaluations = job.evaluate()
-        job.finish(evaluations, seconds=(datetime.now(UTC) - started).total_seconds())
+        job.write_metrics(*job.evaluate())
+        job.finish(seconds=(datetime.now(UTC) - started).total_seconds())
     except BaseException as error:
         stopped = isinstance(error, (StoppedEarly, KeyboardInterrupt))
         target.update_manifest(status="stopped" if stopped else "failed", error=str(error) or type(error).__name__)
@@ -108,38 +118,6 @@ def run(
     finally:
         voice.close()
     return target
-
-
-def inspect(data: Path, folder: Path, *, spec: Spec, narration: Narration | None = None) -> Catalog:
-    """Look at a set of images without training: counts, sample grids, class distributions.
-
-    Parameters
-    ----------
-    data : Path
-        Images, as `Catalog.scan` takes them.
-    folder : Path
-        Where ``catalog.csv`` and ``figures/`` are written.
-    spec : Spec
-        Classes, split and image size.
-    narration : Narration, optional
-        Who speaks; silent where not given.
-
-    Returns
-    -------
-    Catalog
-
-    Raises
-    ------
-    PneumoscopeError
-        Where the images cannot be used or the folder cannot be written.
-    """
-    voice = narration or Narration("silent")
-    catalog, store = read_images(spec, data, voice)
-    paths = Run(folder)
-    catalog.write(paths.catalog_path)
-    _draw_data(catalog, store, paths, note=note_of(spec, data, catalog=catalog, models_used=()), seed=spec.seed)
-    voice.say(f"Pictures are in {folder / 'figures'}, the list of images in {paths.catalog_path}.")
-    return catalog
 
 
 def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration | None = None) -> Path:
@@ -176,112 +154,37 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     own = Path(manifest["data"])
     if data is None:
         catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
-        job = _Job(spec, target, catalog, _pack(catalog, spec, voice), voice, manifest["note"], None)
-        job.write_metrics(job.evaluate())
+        store = survey.pack(catalog, spec, voice)
+        measured = appearance.look(catalog.quarantine(store.rejected), store).measures
+        job = _Job(spec, target, catalog, store, measured, voice, manifest["note"], None)
+        job.write_metrics(*job.evaluate())
         return target.metrics_path
-    catalog, store = read_images(spec, data, voice, divide=False)
-    table = catalog.table.assign(split="test")
+    catalog, store = survey.read_images(spec, data, voice, divide=False)
+    catalog = replace(catalog, table=catalog.table.assign(split="test"))
     other = Run(target.folder / "evaluations" / data.resolve().stem)
-    note = note_of(spec, data, catalog=catalog)
-    job = _Job(spec, other, replace(catalog, table=table), store, voice, note, None)
-    points = _files.read_json(target.metrics_path)["models"]
-    evaluations = {}
-    for model in target.trained():
-        chosen = {name: point["threshold"] for name, point in points[model]["validation"]["operating_points"].items()}
-        predictions = job.score(model, target.model_path(model), "test")
-        evaluations[model] = {"test": metrics.evaluate(predictions, operating_points=chosen)}
-        job.write_scores(model, predictions, evaluations[model]["test"])
-    job.write_metrics(evaluations)
+    job = _Job(spec, other, catalog, store, None, voice, survey.note_of(spec, data, catalog=catalog), None)
+    of_run = _files.read_json(target.metrics_path)["models"]
+    choices = {name: Choice.of_dict(of_run[name]["validation"]) for name in target.trained()}
+    job.write_metrics(*job.evaluate(models_of=target, choices=choices))
     return other.metrics_path
-
-
-def read_images(spec: Spec, data: Path, voice: Narration, *, divide: bool = True) -> tuple[Catalog, ImageStore]:
-    """List, decode and divide a set of images, saying what was found.
-
-    Parameters
-    ----------
-    spec : Spec
-        Classes, split and image size.
-    data : Path
-        Images, as `Catalog.scan` takes them.
-    voice : Narration
-        Who speaks.
-    divide : bool
-        Make the splits.
-
-    Returns
-    -------
-    Catalog
-        Without the images that could not be decoded.
-    ImageStore
-
-    Raises
-    ------
-    PneumoscopeError
-        Where the images cannot be used.
-    """
-    with voice.stage(f"Reading {data}"), voice.bar("files", unit="files") as progress:
-        catalog = Catalog.scan(data, classes=spec.data.classes, progress=progress)
-    store = _pack(catalog, spec, voice)
-    catalog = catalog.quarantine(store.rejected)
-    if divide:
-        catalog = catalog.split(spec.split, seed=spec.seed)
-        catalog.require_learnable()
-    for note in catalog.notes:
-        voice.say(f"  {note}")
-    if catalog.ignored:
-        counts = ", ".join(f"{count} {kind}" for kind, count in catalog.ignored.items())
-        voice.say(f"  Ignored: {counts}.")
-    _say_quarantined(catalog, voice)
-    counted = catalog.counts()
-    rows = [[str(split), *(f"{count:,}" for count in counted.loc[split])] for split in counted.index]
-    rows.append(["all", *(f"{count:,}" for count in counted.sum())])
-    voice.table("Images", ["split", *counted.columns], rows)
-    return catalog, store
-
-
-def note_of(spec: Spec, data: Path, *, catalog: Catalog, models_used: Sequence[str] | None = None) -> str:
-    """Return what must stand on every output: synthetic data, random weights; empty where nothing must.
-
-    Parameters
-    ----------
-    spec : Spec
-        Names the weights.
-    data : Path
-        The images.
-    catalog : Catalog
-        Their list: a manifest may name synthetic images wherever they lie.
-    models_used : sequence of str, optional
-        The approaches concerned; those of `spec` where not given.
-
-    Returns
-    -------
-    str
-    """
-    marks = []
-    first = catalog.rows().drop_duplicates(["split", "label"])["path"]  # of each part, because lists can be mixed
-    if phantom.is_synthetic(data) or any(phantom.is_synthetic_image(catalog.read_bytes(path)) for path in first):
-        marks.append("SYNTHETIC DATA")
-    if spec.backbone.weights == "none" and {"tl", "ft"} & set(spec.models if models_used is None else models_used):
-        marks.append("tl and ft on RANDOM WEIGHTS")
-    return ", ".join(marks)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything the stages share."""
+    """Everything the stages share; `measured` are the files' measures that the shortcut baseline learns from."""
 
     spec: Spec
     run: Run
     catalog: Catalog
     store: ImageStore
+    measured: pd.DataFrame | None
     voice: Narration
     note: str
     stop: Callable[[], bool] | None
 
     def look(self) -> None:
         with self.voice.stage("Drawing the data"):
-            _draw_data(self.catalog, self.store, self.run, note=self.note, seed=self.spec.seed)
+            survey.draw_data(self.catalog, self.store, self.run, note=self.note, seed=self.spec.seed)
 
     def train(self) -> None:
         waiting = [model for model in self.spec.models if not self.run.model_path(model).exists()]
@@ -348,25 +251,85 @@ class _Job:
                 "first, and early stopping took that for the end; preset default mends it (cnn.momentum=0.9)."
             )
 
-    def evaluate(self) -> dict[str, dict[str, Evaluation]]:
-        evaluations: dict[str, dict[str, Evaluation]] = {}
-        for name in self.spec.models:
+    def evaluate(
+        self, *, models_of: Run | None = None, choices: Mapping[str, Choice] | None = None
+    ) -> tuple[Scorecard, dict[str, Any]]:
+        """Score every model once, measure everything, and note that the test images were looked at."""
+        source = models_of or self.run
+        rows = {split: part for split in SCORED if len(part := self.catalog.rows(split))}
+        models: dict[str, dict[str, Predictions]] = {}
+        for name in source.trained():
             with self.voice.stage(f"Scoring {name}"):
-                parts = {split: self.score(name, self.run.model_path(name), split) for split in SCORED}
-                points = metrics.choose_operating_points(parts["validation"])
-                evaluations[name] = {
-                    split: metrics.evaluate(part, operating_points=points) for split, part in parts.items()
-                }
-                for split, part in parts.items():
-                    self.write_scores(name, part, evaluations[name][split])
-                self._check_whole(name, evaluations[name]["validation"])
-        return evaluations
+                models[name] = {split: self.score(name, source.model_path(name), split) for split in rows}
+                if models_of is None:
+                    self._check_whole(name, models[name]["validation"])
+        with self.voice.stage("Measuring"):
+            card = scorecard.measure(
+                models,
+                self._shortcuts(rows),
+                rows=rows,
+                spec=self.spec.evaluation,
+                choices=choices,
+                seed=self.spec.seed,
+                announce=self._say_cost,
+            )
+            for name, parts in models.items():
+                for split, predictions in parts.items():
+                    self.write_scores(name, predictions, card.models[name].evaluations[split])
+        further = {"shift": self._shift(rows)} | self._note_look(card, rows, source)
+        return card, further
 
-    def _check_whole(self, name: str, validation: Evaluation) -> None:
+    def _say_cost(self, seconds: float) -> None:
+        self.voice.say(
+            f"  Bootstrap by group, {self.spec.evaluation.bootstrap:,} resamples: about {seconds_text(seconds)} "
+            "(evaluation.bootstrap)."
+        )
+
+    def _shortcuts(self, rows: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Predictions]]:
+        """Score the baselines that see no lung; there are none for data without training images."""
+        if self.measured is None:
+            return {}
+        usable = self.catalog.rows()
+        found = {
+            "file-and-grey": shortcut.baseline(usable, measured=self.measured),
+            "border-only": shortcut.border_probe(usable, store=self.store),
+        }
+        return {name: {split: part.of_split(split) for split in rows} for name, part in found.items()}
+
+    def _shift(self, rows: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+        """Ask whether the test images of each label differ from the training images, by what a frozen backbone sees."""
+        train, seed = self.catalog.rows("train"), self.spec.seed
+        if not len(train) or "test" not in rows:
+            return {"reason": "There are no training images to compare the test images with."}
+        sampled, test = _sampled(train, seed=seed), _sampled(rows["test"], seed=seed)
+        stored = pd.concat([train, self.catalog.rows("validation")]) if self.spec.features.cache else sampled
+        with self.voice.stage("Comparing test with training images"), self.voice.bar("features") as progress:
+            try:
+                there = features.frozen(sampled, self.store, spec=self.spec, among=stored, progress=progress)
+                here = features.frozen(test, self.store, spec=self.spec, progress=progress)
+            except WeightsError as error:
+                return {"reason": str(error)}
+            found = shift.two_sample_by_label(
+                _as_sample("train", sampled, there), _as_sample("test", test, here), seed=seed
+            )
+        return {label: one.as_dict() for label, one in found.items()}
+
+    def _note_look(self, card: Scorecard, rows: Mapping[str, pd.DataFrame], source: Run) -> dict[str, Any]:
+        """Write every scoring of the test images into the ledger, and return how often they were looked at."""
+        if "test" not in rows:
+            return {}
+        book, test_set = Ledger.in_cache(), ledger.test_set_of(rows["test"]["image_id"].tolist())
+        for name, model in card.models.items():
+            seen = model.evaluations["test"]
+            model_hash = _files.sha256_of_file(source.model_path(name))
+            book.append(Look(test_set, self.spec.hash, model_hash, name, seen.n, seen.roc.auc, seen.at_half.accuracy))
+        return {"test_set": book.summary(test_set)}
+
+    def _check_whole(self, name: str, validation: Predictions) -> None:
         """Refuse a saved model that does not score as it did, or as its tail on stored features did, in training."""
         rows = _files.read_csv(self.run.table_path(name, "loss_per_epoch"))
         losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]  # one that was not a number stands empty
-        found = float("nan") if validation.loss is None else validation.loss
+        found = metrics.log_loss(validation.labels, validation.scores)
         # the kept epoch is not always that of the lowest loss: a gain below train.min_delta does not count
         nearest = min(losses, key=lambda loss: abs(loss - found), default=float("nan"))
         if not abs(nearest - found) <= WHOLE_LOSS_TOLERANCE:
@@ -400,7 +363,7 @@ class _Job:
             ["fpr", "tpr", "thresholds"],
             zip(roc.fpr.tolist(), roc.tpr.tolist(), roc.thresholds.tolist(), strict=True),
         )
-        shown = {"validation": "validation", "test": "testing"}[split]
+        shown = "testing" if split == "test" else split
         point = next(iter(evaluation.operating_points.items()), None)
         marker = None
         if point is not None and point[1].specificity is not None and point[1].sensitivity is not None:
@@ -410,18 +373,28 @@ class _Job:
         )
         figures.save(figure, self.run.figure_path(f"{name}_roc_curve_{shown}"))
 
-    def write_metrics(self, evaluations: Mapping[str, Mapping[str, Evaluation]]) -> None:
-        content = {name: {split: e.as_dict() for split, e in parts.items()} for name, parts in evaluations.items()}
-        _files.write_json(self.run.metrics_path, {"note": self.note, "models": content})
-        _files.write_csv(self.run.metrics_csv_path, ["model", "split", "metric", "value"], _long(content))
-        for split in SCORED:
-            rows = [_table_row(name, parts[split]) for name, parts in evaluations.items() if split in parts]
-            if rows:
-                title = f"Results on {split}" + (f" - {self.note}" if self.note else "")
-                self.voice.table(title, _TABLE_HEAD, rows)
+    def write_metrics(self, card: Scorecard, further: Mapping[str, Any]) -> None:
+        """Write ``metrics.json`` and ``metrics.csv``, and show one table per split with the verdicts under it."""
+        content = {"note": self.note, **card.as_dict(), **further}
+        _files.write_json(self.run.metrics_path, content)
+        _files.write_csv(self.run.metrics_csv_path, ["model", "split", "metric", "value"], scorecard.as_rows(content))
+        for split in card.splits:
+            n = next(iter(card.models.values())).evaluations[split].n
+            title = f"Results on {split}, {n:,} images" + (f" - {self.note}" if self.note else "")
+            self.voice.table(title, scorecard.TABLE_HEAD, card.table(split))
+            for sentence in card.verdicts(split):
+                self.voice.say(f"  {sentence}")
+        for found in further["shift"].values():
+            self.voice.say(f"  {found['sentence'] if isinstance(found, Mapping) else found}")
+        if "test_set" in further:
+            self.voice.say(f"  {further['test_set']['sentence']}")
+        if card.chosen_on == "validation" and "validation" in card.splits:
+            self.voice.say(
+                "  Thresholds and temperature come from the validation images, which also steered the training; "
+                "split.calibration keeps images apart for them."
+            )
 
-    def finish(self, evaluations: Mapping[str, Mapping[str, Evaluation]], *, seconds: float) -> None:
-        self.write_metrics(evaluations)
+    def finish(self, *, seconds: float) -> None:
         self.run.discard_checkpoints()
         self.run.update_manifest(
             status="finished",
@@ -436,19 +409,31 @@ class _Job:
         self.voice.say(f"{figures.RESEARCH_USE}." + (f" {self.note}." if self.note else ""))
 
 
+def _sampled(rows: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """Return at most `SHIFT_IMAGES` images of each label, in the order of `rows`."""
+    parts = [part.sample(min(SHIFT_IMAGES, len(part)), random_state=seed) for _, part in rows.groupby("label")]
+    return pd.concat(parts).sort_index().reset_index(drop=True)
+
+
+def _as_sample(name: str, rows: pd.DataFrame, values: npt.NDArray[np.float32]) -> shift.Sample:
+    return shift.Sample(name, values, rows["group"].to_numpy(dtype=str), rows["label"].to_numpy(dtype=np.int8))
+
+
 def _prepare(spec: Spec, data: Path, target: Run, voice: Narration, stop: Callable[[], bool] | None) -> _Job:
     """Read the images and write down what this run is, before any training."""
     if {"tl", "ft"} & set(spec.models):
         backbones.weights_hash(spec.backbone)  # missing weights are said now, not after an hour
-    catalog, store = read_images(spec, data, voice)
+    catalog, store = survey.read_images(spec, data, voice)
     if target.read_manifest().get("data_hash", catalog.content_hash) != catalog.content_hash:
         raise RunError(
             f"{target.folder} was begun with other images than {data} holds now; "
             "give the same ones to go on, or choose a new folder with -o."
         )
-    note = note_of(spec, data, catalog=catalog)
+    note = survey.note_of(spec, data, catalog=catalog)
     if note:
         voice.warn(f"{note}: the figures say nothing about real radiographs.")
+    audited = survey.examine(catalog, store, spec, voice, target=target, note=note)
+    audited.require_passed()
     machine = _backend.describe()
     _files.write_text(target.spec_path, spec.to_toml())
     catalog.write(target.catalog_path)
@@ -466,12 +451,7 @@ def _prepare(spec: Spec, data: Path, target: Run, voice: Narration, stop: Callab
         },
     )
     voice.say(f"  Computing with {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads.")
-    return _Job(spec, target, catalog, store, voice, note, stop)
-
-
-def _pack(catalog: Catalog, spec: Spec, voice: Narration) -> ImageStore:
-    with voice.stage("Packing the images"), voice.bar("images") as progress:
-        return ImageStore.pack(catalog, size_px=spec.image.size_px, progress=progress)
+    return _Job(spec, target, catalog, store, audited.measures, voice, note, stop)
 
 
 def _check_same(target: Run, spec: Spec) -> None:
@@ -485,38 +465,6 @@ def _check_same(target: Run, spec: Spec) -> None:
         )
 
 
-def _say_quarantined(catalog: Catalog, voice: Narration) -> None:
-    bad = catalog.quarantined()
-    if not len(bad):
-        return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in bad["status"].value_counts().items())
-    voice.warn(f"{len(bad)} files are left out ({reasons}); catalog.csv lists them.")
-
-
-def _draw_data(catalog: Catalog, store: ImageStore, target: Run, *, note: str, seed: int) -> None:
-    """Draw the class distributions and sample grids of the training images (all that are not test) and of test."""
-    usable = catalog.rows()
-    is_test = usable["split"] == "test"
-    for name, part in (("train", usable[~is_test]), ("test", usable[is_test])):
-        counts = {label: int((part["label"] == index).sum()) for index, label in enumerate(LABELS)}
-        title = {"train": "Training images", "test": "Test images"}[name]
-        bars = figures.class_bars(counts, title=title, note=note)
-        figures.save(bars, target.figure_path(f"{name}_data_dist_barplot"))
-        figures.save(figures.class_pie(counts, title=title, note=note), target.figure_path(f"{name}_data_dist_pieplot"))
-        for index, label in enumerate(LABELS):
-            grid = _sample_grid(
-                part[part["label"] == index], store, title=f"{label}, {name} images", note=note, seed=seed
-            )
-            figures.save(grid, target.figure_path(f"{name}_samples_{label.lower()}"))
-
-
-def _sample_grid(rows: pd.DataFrame, store: ImageStore, *, title: str, note: str, seed: int) -> Figure:
-    chosen = rows.sample(min(SAMPLES, len(rows)), random_state=seed).sort_values("path") if len(rows) else rows
-    pixels: list[npt.NDArray[np.uint8]] = [store.images[row] for row in store.rows_of(chosen)] if len(chosen) else []
-    captions = [Path(path).name for path in chosen["path"]]
-    return figures.sample_grid(pixels, captions=captions, title=title, note=note)
-
-
 def _save_model(model: models.Model, path: Path) -> None:
     """Write a model whole or not at all; its presence says that the approach is trained."""
     temporary = path.with_name(f".{path.stem}.tmp.keras")
@@ -528,59 +476,3 @@ def _save_model(model: models.Model, path: Path) -> None:
         raise PneumoscopeError(
             f"Cannot write the model to {path}: {error.strerror or error}; free some space and go on with --resume."
         ) from error
-
-
-_TABLE_HEAD = (
-    "model",
-    "n",
-    "loss",
-    "AUC",
-    "accuracy",
-    "FN",
-    "FP",
-    "sensitivity",
-    "specificity",
-    "at Youden: accuracy",
-    "FN",
-    "FP",
-)
-
-
-def _table_row(name: str, evaluation: Evaluation) -> list[str]:
-    half = evaluation.at_half
-    point = next(iter(evaluation.operating_points.values()), None)
-    chosen = [_figure(point.accuracy), str(point.false_negatives), str(point.false_positives)] if point else ["-"] * 3
-    return [
-        name,
-        f"{evaluation.n:,}",
-        _figure(evaluation.loss),
-        _figure(evaluation.roc.auc),
-        _figure(half.accuracy),
-        str(half.false_negatives),
-        str(half.false_positives),
-        _figure(half.sensitivity),
-        _figure(half.specificity),
-        *chosen,
-    ]
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _long(content: Mapping[str, Mapping[str, Mapping[str, object]]]) -> list[tuple[str, str, str, object]]:
-    """Flatten metrics.json into (model, split, metric, value); an operating point's figures get its name in front."""
-    rows: list[tuple[str, str, str, object]] = []
-    for model, parts in content.items():
-        for split, figures_ in parts.items():
-            for metric, value in figures_.items():
-                if metric == "operating_points" and isinstance(value, Mapping):
-                    rows += [
-                        (model, split, f"{name}.{key}", item)
-                        for name, point in value.items()
-                        for key, item in point.items()
-                        if key != "name"
-                    ]
-                elif metric != "operating_point":
-                    rows.append((model, split, metric, value))
-    return rows

@@ -111,6 +111,11 @@ class Run:
         return self.folder / "catalog.csv"
 
     @property
+    def audit_path(self) -> Path:
+        """What the audit found."""
+        return self.folder / "audit.json"
+
+    @property
     def log_path(self) -> Path:
         """Everything that was said, with times."""
         return self.folder / "run.log"

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pneumoscope import _files
 from pneumoscope.errors import SpecError
@@ -53,13 +53,32 @@ class SplitSpec(_Part):
         ``group`` never cuts a patient; ``image`` is the tutorial's split.
     validation : float
         Share of the training images, between 0 and 1.
+    calibration : float
+        Share of the validation images kept apart, by group: early stopping never sees them, and thresholds,
+        temperature and conformal quantile come from them. 0 takes those from the validation images, which flatters.
     test : float
         Share held out for test where the data come without a test split, between 0 and 1.
+    folds : int
+        Where 2 or more, the training groups are divided in so many parts and one of them is held out (with
+        ``validation`` ignored); 0 for a single division.
+    fold : int
+        Which part is held out, from 1 to `folds`.
     """
 
     by: Literal["group", "image"] = "group"
     validation: Fraction = 0.2
+    calibration: float = Field(default=0.0, ge=0, lt=1)
     test: Fraction = 0.15
+    folds: int = Field(default=0, ge=0, le=20)
+    fold: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _fold_within(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("1 fold divides nothing; 2 or more are needed, or 0 for a single division")
+        if self.folds and self.fold > self.folds:
+            raise ValueError(f"fold {self.fold} of {self.folds} does not exist")
+        return self
 
 
 class ImageSpec(_Part):
@@ -182,6 +201,24 @@ class AuditSpec(_Part):
     allow: tuple[str, ...] = ()
 
 
+class EvaluationSpec(_Part):
+    """How finished models are measured.
+
+    Attributes
+    ----------
+    bootstrap : int
+        Resamples of whole groups behind the intervals that have no formula; 0 leaves those out.
+    cost_ratio : float
+        How many false positives one false negative is worth, for the operating point ``cost``.
+    coverage : float
+        Share of conformal prediction sets that shall hold the true label, between 0 and 1.
+    """
+
+    bootstrap: int = Field(default=1000, ge=0, le=100_000)
+    cost_ratio: float = Field(default=5.0, gt=0)
+    coverage: Fraction = 0.9
+
+
 class CnnSpec(_Part):
     """The network from scratch.
 
@@ -238,7 +275,7 @@ class Spec(_Part):
         Of the split, the initial weights, the order of images, augmentation and dropout.
     models : tuple of {"cnn", "tl", "ft"}
         The approaches to train, in this order, each once.
-    data, split, image, augment, backbone, train, features, audit, cnn, tl, ft
+    data, split, image, augment, backbone, train, features, audit, evaluation, cnn, tl, ft
         The parts; see their classes.
     """
 
@@ -253,6 +290,7 @@ class Spec(_Part):
     train: TrainSpec = TrainSpec()
     features: FeaturesSpec = FeaturesSpec()
     audit: AuditSpec = AuditSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     cnn: CnnSpec = CnnSpec()
     tl: TlSpec = TlSpec()
     ft: FtSpec = FtSpec()
@@ -394,6 +432,7 @@ def _parse_value(text: str) -> Any:
 
 _SMOKE: dict[str, Any] = {
     "image": {"size_px": 64},
+    "evaluation": {"bootstrap": 100},
     "train": {"epochs": 1, "batch_size": 16, "threads": 0},
     "cnn": {"layers": "tiny", "learning_rate": 1e-3, "momentum": 0.9},
     "tl": {"learning_rate": 1e-3},
@@ -401,6 +440,7 @@ _SMOKE: dict[str, Any] = {
 }
 
 _DEFAULT: dict[str, Any] = {
+    "split": {"calibration": 0.5},
     "augment": {"zoom": 0.1, "translation": 0.1},
     "cnn": {"learning_rate": 3e-4, "momentum": 0.9},
     "tl": {"learning_rate": 5e-4},
