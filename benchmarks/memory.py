@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STAGES = ("pack", "features", "training", "evaluation")
+STAGES = ("pack alone", "pack", "features", "training", "evaluation")
+"""``pack alone`` is the verb, which needs no network; the others are as in a run, with the backend in memory."""
 
 
 def write_images(folder: Path, n: int) -> None:
@@ -46,6 +47,11 @@ def measure(stage: str, data: Path) -> None:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = max(peak, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
 
+    if stage != "pack alone":  # as in a run, where the backend is there from the beginning
+        from pneumoscope import _backend
+
+        _backend.prepare()
+        from pneumoscope import inference, metrics, models, training
     from pneumoscope.catalog import Catalog
     from pneumoscope.specs import Spec
     from pneumoscope.store import ImageStore
@@ -55,11 +61,6 @@ def measure(stage: str, data: Path) -> None:
     started = time.monotonic()
     catalog = Catalog.scan(data).split(spec.split, seed=spec.seed)
     store = ImageStore.pack(catalog, size_px=64)
-    if stage != "pack":  # packing needs no network: its peak is not hidden behind the size of a backend
-        from pneumoscope import _backend
-
-        _backend.prepare(threads=spec.train.threads)
-        from pneumoscope import inference, metrics, models, training
     if stage == "features":
         training.extract_features([models.build("tl", spec)], store, catalog, spec=spec)
     elif stage == "training":
@@ -89,7 +90,8 @@ def main() -> None:
             peaks[n] = {}
             for stage in STAGES:
                 command = [sys.executable, __file__, "--stage", stage, "--data", str(data)]
-                environment = {**os.environ, "PNEUMOSCOPE_CACHE": str(Path(folder) / f"cache-{n}")}
+                cache = Path(folder) / f"cache-{n}{'-alone' if stage == 'pack alone' else ''}"
+                environment = {**os.environ, "PNEUMOSCOPE_CACHE": str(cache)}
                 printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
                 result = json.loads(printed.splitlines()[-1])
                 peaks[n][stage] = result["peak_mb"]

@@ -101,6 +101,18 @@ def test_measures_stand_in_the_order_of_the_rows_with_copies_repeated(tmp_path: 
     np.testing.assert_allclose(looks.measures["mean"], means, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("size_px", "width"), [(4, 1), (32, 3), (64, 5), (224, 18)])
+def test_the_border_is_eight_hundredths_of_the_side_and_never_nothing(size_px: int, width: int) -> None:
+    assert appearance.border_px(size_px) == width
+
+
+def test_pages_are_counted(tmp_path: Path) -> None:
+    more = [Image.fromarray(chest(seed)) for seed in (2, 3)]
+    Image.fromarray(chest(1)).save(buffer := io.BytesIO(), "PNG", save_all=True, append_images=more)
+    catalog, store = plant(tmp_path, {"NORMAL/a.png": buffer.getvalue(), "PNEUMONIA/b.png": png(chest(4))})
+    assert appearance.look(catalog, store).measures["frames"].tolist() == [3, 1]
+
+
 def test_an_array_file_is_looked_at_too(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays: dict[str, npt.NDArray[np.uint8]] = {}

@@ -23,9 +23,10 @@ import pandas as pd
 import pytest
 
 from pneumoscope import cli, phantom
+from pneumoscope.audit import ALLOWABLE
 from pneumoscope.specs import Spec, valid_keys
 
-VERBS = ("demo", "run", "inspect", "pack", "models", "evaluate", "cache", "doctor", "fetch")
+VERBS = ("demo", "run", "inspect", "audit", "pack", "models", "evaluate", "cache", "doctor", "fetch")
 SETTINGS = (
     *("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32"),
     *("--set", "train.epochs=30", "--set", "train.batch_size=4", "--set", "train.patience=30"),
@@ -98,6 +99,16 @@ def files_under(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
+def figures_in(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what ``metrics.json`` and ``metrics.csv`` hold, but for when the test images were scored."""
+    content = read_json(folder / "metrics.json")
+    lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    for name in ("first", "last"):
+        assert content["test_set"].pop(name)
+        lines.remove(next(line for line in lines if line.startswith(f",,test_set.{name},")))
+    return content, lines
+
+
 def row_of(done: Done, name: str) -> list[str]:
     """Return the words of the table row that begins with a name."""
     return next(line.split() for line in done.stdout.splitlines() if line.split()[:1] == [name])
@@ -136,15 +147,42 @@ def test_a_run_says_its_epochs_and_results_and_nothing_on_stderr(finished: tuple
     ]
     assert [int(found[1]) for found in epochs if found] == list(range(1, 31))
     figures = read_json(folder / "metrics.json")["models"]["cnn"]["test"]
-    row = lines[lines.index("Results on test - SYNTHETIC DATA") + 2].split()
-    assert row[:7] == [
-        "cnn",
-        str(figures["n"]),
-        *(f"{figures[name]:.4f}" for name in ("loss", "auc", "accuracy")),
-        str(figures["false_negatives"]),
-        str(figures["false_positives"]),
+    start = lines.index("Results on test, 16 images - SYNTHETIC DATA")
+    rows = [re.sub(r" \(\d\.\d{3}-\d\.\d{3}\)", "", line).split() for line in lines[start + 2 : start + 5]]
+    assert [row[0] for row in rows] == ["cnn", "file-and-grey", "border-only"]
+    errors = ("false_negatives", "false_positives")
+    point = figures["operating_point"]
+    assert rows[0][1:] == [
+        *(f"{figures[name]:.4f}" for name in ("auc", "accuracy")),
+        *(str(figures[name]) for name in errors),
+        *(f"{point[name]:.4f}" for name in ("sensitivity", "specificity")),
+        *(str(point[name]) for name in errors),
     ]
     assert lines[-2].endswith(f"Everything is in {folder}; the figures of merit are in {folder / 'metrics.json'}.")
+
+
+def test_a_run_says_what_its_figures_are_worth_under_their_table(finished: tuple[Path, Done]) -> None:
+    folder, done = finished
+    lines = done.stdout.splitlines()
+    below = lines[lines.index("Results on test, 16 images - SYNTHETIC DATA") + 5 :]
+    content = read_json(folder / "metrics.json")
+    compared = [one for one in content["comparisons"]["test"] if one["first"] == "cnn"]
+    assert [one["second"] for one in compared] == ["file-and-grey", "border-only"]
+    unbeaten = [one for one in compared if one["verdict"] != "better"]
+    begins = f"  cnn (AUC {compared[0]['auc']['first']:.3f}) is not shown to be better than "
+    (verdict,) = [line for line in below if line.startswith(begins if unbeaten else "  Every model is better than ")]
+    for one in unbeaten or compared:
+        assert one["second"] in verdict
+        assert f"{one['auc']['second']:.3f}" in verdict or not unbeaten
+    shift = [one["sentence"] for one in content["shift"].values()]
+    others = [content[key]["sentence"] for key in ("not_assessable", "test_set")]
+    for sentence in (f"cnn: {content['moved']['cnn']['sentence']}", *shift, *others):
+        assert f"  {sentence}" in below
+    assert content["test_set"]["looks"] == 1
+    assert (
+        "  Thresholds and temperature come from the validation images, which also steered the training; "
+        "split.calibration keeps images apart for them."
+    ) in below
 
 
 def test_the_settings_of_a_call_stand_in_the_spec(finished: tuple[Path, Done]) -> None:
@@ -193,7 +231,8 @@ def test_sigterm_stops_a_run_that_resume_ends_as_if_nothing_had_been(
     assert f"  cnn epoch {int(found[1]):>2}/30" in done.stdout
     assert "  cnn epoch  1/30" not in done.stdout
     assert files_under(folder) == files_under(finished[0])
-    same = ["metrics.json", "metrics.csv", "catalog.csv", "spec.toml"]
+    assert figures_in(folder) == figures_in(finished[0])
+    same = ["audit.json", "catalog.csv", "spec.toml"]
     same += [f"tables/{path.name}" for path in sorted((folder / "tables").iterdir())]
     for name in same:
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
@@ -229,24 +268,84 @@ def test_resume_starts_fresh_where_there_is_nothing_and_json_events_come_in_orde
         f"Reading {data}",
         "Packing the images",
         "Images",
+        "Auditing the images",
+        "Audit",
         "Drawing the data",
         "Training cnn (CNN from scratch)",
         "Scoring cnn",
-        "Results on validation - SYNTHETIC DATA",
-        "Results on test - SYNTHETIC DATA",
+        "Measuring",
+        "Comparing test with training images",
+        "Results on validation, 9 images - SYNTHETIC DATA",
+        "Results on test, 16 images - SYNTHETIC DATA",
     ]
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["model"], event["epoch"]) for event in epochs] == [("cnn", 1), ("cnn", 2)]
     history = pd.read_csv(folder / "tables" / "cnn_loss_per_epoch.csv")
     assert [event["val_loss"] for event in epochs] == list(history["val_loss"])
-    results = next(event for event in events if event.get("title") == "Results on test - SYNTHETIC DATA")
+    results = next(event for event in events if event.get("title", "").startswith("Results on test, "))
     figures = read_json(folder / "metrics.json")["models"]["cnn"]["test"]
-    (row,) = results["rows"]
-    assert (row[results["columns"].index("model")], row[results["columns"].index("AUC")]) == (
-        "cnn",
-        f"{figures['auc']:.4f}",
-    )
+    row = dict(zip(results["columns"], results["rows"][0], strict=False))
+    assert (row["model"], row["AUC"].split()[0]) == ("cnn", f"{figures['auc']:.4f}")
     assert events[-1]["text"] == "Research use only, not a medical device. SYNTHETIC DATA."
+
+
+def test_a_run_refuses_a_leak_before_it_trains(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    given = with_copies(data, tmp_path / "set", copies=IN_TEST)
+    folder = tmp_path / "run"
+    text = refused("run", given, "-o", folder, *SMALL, status=1)
+    assert re.match(
+        r"The audit refuses these data\. content-across-test: 1 image \(2 files\) in test and outside", text
+    )
+    assert read_json(folder / "manifest.json")["error"] == text
+    assert read_json(folder / "audit.json")["passed"] is False
+    assert not (folder / "models").exists()
+
+
+def test_what_a_run_is_allowed_stands_in_its_spec(
+    data: Path, tmp_path: Path, call: Call, refused: Callable[..., str]
+) -> None:
+    tiny = (*SMALL, "--set", "image.size_px=32", "--set", "split.by=image")
+    text = refused("run", data, "-o", tmp_path / "run", *tiny, status=1)
+    assert text.startswith("The audit refuses these data. group-across-validation: ")
+    assert text.endswith("or allow it with --allow group-across-validation.")
+    done = call("run", data, "-o", tmp_path / "run", *tiny, "--allow", "group-across-validation")
+    assert (done.status, done.stderr) == (0, "")
+    assert Spec.from_toml(tmp_path / "run" / "spec.toml").audit.allow == ("group-across-validation",)
+
+
+def test_folds_and_seeds_train_again_and_say_what_they_tell_together(data: Path, tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "run"
+    arguments = ("run", data, "-o", folder, *SMALL, "--set", "image.size_px=32", "--folds", "2", "--seeds", "2")
+    done = call(*arguments)
+    assert (done.status, done.stderr) == (0, "")
+    specs = {name: Spec.from_toml(folder / name / "spec.toml") for name in ("folds/1", "folds/2", "seeds/43", ".")}
+    assert [(spec.split.folds, spec.split.fold, spec.seed) for spec in specs.values()] == [
+        (2, 1, 42), (2, 2, 42), (0, 1, 43), (0, 1, 42)
+    ]  # fmt: skip
+    said = read_json(folder / "repeats.json")
+    assert (said["folds"]["folds"], said["seeds"]["seeds"]) == (2, [42, 43])
+    held_out = pd.read_csv(folder / "tables" / "cnn_out_of_fold_yscores.csv")
+    assert held_out["path"].is_unique
+    assert len(held_out) == 44
+    lines = done.stdout.splitlines()
+    assert all(f"  {text}" in lines for part in ("folds", "seeds") for text in said[part]["sentences"])
+    again = call(*arguments, "--resume")
+    assert (again.status, again.stderr) == (0, "")
+    assert again.stdout.splitlines()[0] == f"{folder} is finished already."
+    assert "Training" not in again.stdout
+    assert read_json(folder / "repeats.json") == said
+
+
+def test_more_folds_than_there_can_be_are_refused_before_anything_is_done(
+    data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    text = refused("run", data, "-o", tmp_path / "run", *SMALL, "--folds", "21", status=2)
+    assert "split.folds = 21 is not valid: input should be less than or equal to 20" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_folds_and_seeds_there_is_one_training(finished: tuple[Path, Done]) -> None:
+    assert not {"folds", "seeds", "repeats.json"} & {path.name for path in finished[0].iterdir()}
 
 
 def test_the_tutorial_preset_runs_small_and_says_where_it_is_fragile(data: Path, tmp_path: Path, call: Call) -> None:
@@ -276,7 +375,7 @@ def test_the_tutorial_preset_at_full_size_saves_models_of_the_published_sizes(tm
     settings = ("--set", "backbone.weights=none", "--set", "train.epochs=1")
     done = call("run", few, "-o", tmp_path / "run", "--preset", "tutorial", *settings)
     assert (done.status, done.stderr) == (0, "")
-    assert "Results on test - SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS" in done.stdout.splitlines()
+    assert "Results on test, 8 images - SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS" in done.stdout.splitlines()
     head = 2048 * 128 + 128 + 128 + 1
     sizes = {"cnn": 2_621_089, "tl": 58_331_648 + head, "ft": 58_331_648 + head}
     for model, expected in sizes.items():
@@ -334,11 +433,13 @@ def test_damaged_and_hostile_files_are_listed_and_never_stop_a_run(data: Path, t
     small = ("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32")
     done = call("run", given, "-o", folder, *small)
     assert (done.status, done.stderr) == (0, "")
-    (warning,) = [line for line in done.stdout.splitlines() if "left out" in line]
+    (warning,) = [line for line in done.stdout.splitlines() if re.match(r"Warning: .* left out", line)]
     assert warning.startswith("Warning: 4 files are left out (")
     assert warning.endswith("); catalog.csv lists them.")
     for _, reason in bad.values():
         assert f"1 {reason}" in warning
+    (unreadable,) = [one for one in read_json(folder / "audit.json")["findings"] if one["name"] == "unreadable"]
+    assert sorted(unreadable["examples"]) == sorted(bad)
     table = pd.read_csv(folder / "catalog.csv", keep_default_na=False).set_index("path")
     assert table[table["status"] != "ok"]["status"].to_dict() == {name: reason for name, (_, reason) in bad.items()}
     usable = table[table["status"] == "ok"]
@@ -353,7 +454,7 @@ def test_damaged_and_hostile_files_are_listed_and_never_stop_a_run(data: Path, t
 SMALL = ("--preset", "smoke", "--models", "cnn")
 
 
-@pytest.mark.parametrize("verb", ["run", "inspect", "pack"])
+@pytest.mark.parametrize("verb", ["run", "inspect", "audit", "pack"])
 def test_a_missing_folder_is_named(verb: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     text = refused(verb, tmp_path / "nowhere", "-o", tmp_path / "out", status=1)
     assert text == f"There is no file or folder '{tmp_path / 'nowhere'}'; check the path."
@@ -528,6 +629,9 @@ def test_an_archive_that_climbs_out_is_refused(data: Path, tmp_path: Path, refus
         (("run", "-o", "out"), "Missing argument 'DATA'."),
         (("train", "images"), "No such command 'train'."),
         (("run", "images", "-o", "out", "--epochs", "3"), "No such option: --epochs"),
+        (("run", "images", "-o", "out", "--folds", "1"), "greater than or equal to 2"),
+        (("run", "images", "-o", "out", "--seeds", "1"), "greater than or equal to 2"),
+        (("audit",), "Missing argument 'DATA'."),
     ],
 )
 def test_a_call_that_is_wrong_shows_how_to_get_help(arguments: tuple[str, ...], text: str, call: Call) -> None:
@@ -556,6 +660,119 @@ def test_inspect_leaves_pictures_and_the_list(data: Path, tmp_path: Path, call: 
     )
     assert row_of(done, "test")[-1] == "16"
     assert row_of(done, "all")[-1] == "60"
+
+
+def with_copies(data: Path, folder: Path, *, copies: dict[str, str]) -> Path:
+    """Return a copy of a data set in which some images stand a second time: new name -> the first of a folder."""
+    given = shutil.copytree(data, folder)
+    for name, source in copies.items():
+        shutil.copy(next(iter(sorted((given / source).iterdir()))), given / name)
+    return given
+
+
+IN_TEST = {"test/NORMAL/copy.jpeg": "train/NORMAL"}
+TWO_LABELS = {"train/NORMAL/copy.jpeg": "train/PNEUMONIA"}
+
+
+def test_audit_passes_images_without_a_fault_and_leaves_what_it_found(data: Path, tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "found"
+    done = call("audit", data, "-o", folder, "--preset", "smoke")
+    assert (done.status, done.stderr) == (0, "")
+    content = read_json(folder / "audit.json")
+    assert (content["passed"], content["n_images"]) == (True, 60)
+    lines = done.stdout.splitlines()
+    table = [line.split() for line in lines[lines.index("Audit") + 1 :]]
+    found = content["findings"]
+    assert table[: len(found) + 1] == [
+        ["finding", "severity", "count"], *([one["name"], one["severity"], f"{one['count']:,}"] for one in found)
+    ]  # fmt: skip
+    assert lines[-len(found) :] == [f"  {one['name']}: {one['sentence']}" for one in found]
+    assert len(found) > 1
+    pictures = {"figures/near_duplicates.png"} if content["pairs"] else set()
+    assert files_under(folder) == {"audit.json"} | pictures
+
+
+def test_audit_writes_nothing_where_no_folder_is_given(
+    data: Path, tmp_path: Path, call: Call, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("audit", data, "--preset", "smoke").status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {own_cache.name}
+
+
+def test_audit_refuses_a_leak_in_one_line_and_names_it(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    given = with_copies(data, tmp_path / "set", copies=IN_TEST | TWO_LABELS)
+    text = refused("audit", given, "-o", tmp_path / "found", "--preset", "smoke", status=1)
+    content = read_json(tmp_path / "found" / "audit.json")
+    errors = [one for one in content["findings"] if one["severity"] == "error"]
+    assert [one["name"] for one in errors] == ["content-across-test", "group-across-test", "two-labels"]
+    assert text == "The audit refuses these data. " + " ".join(f"{one['name']}: {one['sentence']}" for one in errors)
+    assert content["passed"] is False
+
+
+def test_audit_lets_pass_what_is_allowed_by_name_and_nothing_else(
+    data: Path, tmp_path: Path, call: Call, refused: Callable[..., str]
+) -> None:
+    given = with_copies(data, tmp_path / "set", copies=TWO_LABELS)
+    by_image = ("--preset", "smoke", "--set", "split.by=image")
+    both = refused("audit", given, *by_image, status=1)
+    assert "two-labels: " in both
+    assert "group-across-validation: " in both
+    one = refused("audit", given, *by_image, "--allow", "two-labels", status=1)
+    assert "two-labels: " not in one
+    assert "group-across-validation: " in one
+    done = call("audit", given, *by_image, *(part for name in ALLOWABLE for part in ("--allow", name)))
+    assert (done.status, done.stderr) == (0, "")
+    assert row_of(done, "two-labels")[1] == row_of(done, "group-across-validation")[1] == "warning"
+
+
+def test_allowing_adds_to_what_the_preset_allows(data: Path, tmp_path: Path, call: Call) -> None:
+    given = with_copies(data, tmp_path / "set", copies=TWO_LABELS)
+    small = ("--preset", "tutorial", "--set", "image.size_px=32")
+    assert call("audit", given, *small).status == 1
+    done = call("audit", given, *small, "--allow", "two-labels", "--allow", "content-across-validation")
+    assert (done.status, done.stderr) == (0, "")
+    assert row_of(done, "two-labels")[1] == row_of(done, "group-across-validation")[1] == "warning"
+
+
+@pytest.mark.parametrize("name", ["content-across-test", "near-duplicate", "leak"])
+def test_what_cannot_be_allowed_is_named(name: str, data: Path, refused: Callable[..., str]) -> None:
+    text = refused("audit", data, "--preset", "smoke", "--allow", name, status=2)
+    assert text == (
+        f"audit.allow names {name!r}, but only {', '.join(ALLOWABLE)} can be allowed: what reaches into test never is, "
+        "and other findings stop no run; take it out."
+    )
+
+
+def test_audit_speaks_json_and_still_refuses(data: Path, tmp_path: Path, call: Call) -> None:
+    given = with_copies(data, tmp_path / "set", copies=IN_TEST)
+    done = call("audit", given, "--preset", "smoke", "--json")
+    assert done.status == 1
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    table = next(event for event in events if event.get("title") == "Audit" and event["event"] == "table")
+    assert table["rows"][0][:3] == ["content-across-test", "error", "1"]
+    assert done.stderr.startswith("pneumoscope: The audit refuses these data. content-across-test: ")
+
+
+def test_audit_says_where_it_cannot_write(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("precious", encoding="utf-8")
+    text = refused("audit", data, "-o", in_the_way, "--preset", "smoke", status=1)
+    assert text.startswith(f"Cannot write {in_the_way / 'audit.json'}: File exists; ")
+    assert in_the_way.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("verb", ["inspect", "audit"])
+def test_looking_at_images_loads_no_backend(verb: str, data: Path, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = ['pneumoscope', {verb!r}, {str(data)!r}, '-o', 'out', '--preset', 'smoke', '--json']\n"
+        "from pneumoscope.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
 
 
 def test_a_second_pack_does_nothing(data: Path, tmp_path: Path, call: Call) -> None:
@@ -648,14 +865,14 @@ def test_models_needs_no_weights(call: Call, tmp_path: Path, monkeypatch: pytest
 
 
 def test_evaluate_writes_the_same_figures_again(finished_copy: Path, call: Call) -> None:
-    before = (finished_copy / "metrics.json").read_bytes()
+    before = figures_in(finished_copy)[0]
     scores = (finished_copy / "tables" / "cnn_test_yscores.csv").read_bytes()
     (finished_copy / "metrics.json").write_text("{}", encoding="utf-8")
     (finished_copy / "tables" / "cnn_test_yscores.csv").unlink()
     done = call("evaluate", finished_copy)
     assert (done.status, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"Written to {finished_copy / 'metrics.json'}."
-    assert_close(json.loads(before), read_json(finished_copy / "metrics.json"))
+    assert_close(before, figures_in(finished_copy)[0])
     again = pd.read_csv(finished_copy / "tables" / "cnn_test_yscores.csv")
     pd.testing.assert_frame_equal(again, pd.read_csv(io.BytesIO(scores)), rtol=1e-5)
 
@@ -666,6 +883,10 @@ def assert_close(expected: object, found: object) -> None:
         assert list(found) == list(expected)
         for key, value in expected.items():
             assert_close(value, found[key])
+    elif isinstance(expected, list):
+        assert isinstance(found, list)
+        for one, other in zip(expected, found, strict=True):
+            assert_close(one, other)
     else:
         assert found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
 
@@ -680,7 +901,7 @@ def test_evaluate_works_from_the_cache_when_the_images_are_away_and_still_says_s
     done = call("evaluate", finished_copy)
     assert (done.status, done.stderr) == (0, "")
     assert read_json(finished_copy / "metrics.json")["note"] == "SYNTHETIC DATA"
-    assert "Results on test - SYNTHETIC DATA" in done.stdout.splitlines()
+    assert "Results on test, 16 images - SYNTHETIC DATA" in done.stdout.splitlines()
 
 
 def test_evaluate_scores_other_images_at_the_runs_thresholds(finished_copy: Path, tmp_path: Path, call: Call) -> None:
@@ -852,6 +1073,12 @@ def test_every_verb_explains_itself_and_its_options(words: tuple[str, ...], call
     options = re.findall(r"^  (-\S+(?:, --\S+)?(?: \S+)?)(?:  +|\n +)(\S+ \S+)", done.stdout, re.MULTILINE)
     assert options
     assert call(*words, "-h") == done
+
+
+@pytest.mark.parametrize("verb", ["run", "audit"])
+def test_help_names_every_finding_that_can_be_allowed(verb: str, call: Call) -> None:
+    shown = "".join(call(verb, "--help").stdout.split())  # names may be cut at the end of a line
+    assert f"{', '.join(ALLOWABLE[:-1])} or {ALLOWABLE[-1]}".replace(" ", "") in shown
 
 
 def test_help_is_shown_where_nothing_is_asked_for(call: Call) -> None:

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("store", "runs", "ledger", "figures"),
     ("appearance", "audit", "shortcut", "scorecard", "features", "training", "inference"),
     ("narration", "export", "report", "serving", "jobs"),
-    ("survey", "pipeline", "cli", "__main__"),
+    ("survey", "repeats", "pipeline", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]

@@ -6,10 +6,10 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,12 +24,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import pneumoscope
+from pneumoscope import appearance, inference, ledger, metrics, phantom, pipeline, scorecard, shortcut
 from pneumoscope import catalog as catalogs
-from pneumoscope import figures as drawings
-from pneumoscope import inference, phantom, pipeline
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, RunError, StoppedEarly
+from pneumoscope.ledger import Ledger
 from pneumoscope.narration import Narration
+from pneumoscope.predictions import Predictions
 from pneumoscope.runs import Run
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
@@ -54,6 +55,8 @@ MODEL_FIGURES = {
     for model in MODELS
     for what in ("learning_curve_accuracy", "learning_curve_loss", "roc_curve_validation", "roc_curve_testing")
 }
+SHORTCUTS = ("file-and-grey", "border-only")
+POINTS = ["youden", "sensitivity-0.95", "cost"]
 FIGURES = {"n", "loss", "accuracy", "auc", "false_negatives", "false_positives", "sensitivity", "specificity"}
 AT_THRESHOLD = FIGURES - {"n", "loss", "auc"}
 
@@ -121,10 +124,12 @@ def smoke(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def test_a_run_leaves_exactly_the_files_of_the_contract(smoke: Finished) -> None:
-    top = {"spec.toml", "manifest.json", "catalog.csv", "run.log", "metrics.json", "metrics.csv"}
+    top = {"spec.toml", "manifest.json", "catalog.csv", "audit.json", "run.log", "metrics.json", "metrics.csv"}
     models = {f"models/{model}.keras" for model in MODELS}
     tables = {f"tables/{model}_{table}.csv" for model in MODELS for table in TABLES}
     figures = {f"figures/{name}" for name in DATA_FIGURES | MODEL_FIGURES}
+    if read_json(smoke.folder / "audit.json")["pairs"]:
+        figures.add("figures/near_duplicates.png")
     assert files_under(smoke.folder) == top | models | tables | figures
     assert {path.name for path in smoke.folder.iterdir() if path.is_dir()} == {"models", "tables", "figures"}
 
@@ -149,9 +154,11 @@ def test_metrics_have_the_keys_of_the_contract_for_validation_and_test(smoke: Fi
         for figures in metrics["models"][model].values():
             assert set(figures) >= FIGURES | {"operating_point", "operating_points"}
             assert figures["threshold"] == 0.5
-            point = figures["operating_point"]
-            assert set(point) >= AT_THRESHOLD | {"name", "threshold"}
-            assert figures["operating_points"] == {point["name"]: point}
+            assert list(figures["operating_points"]) == POINTS
+            assert figures["operating_point"] == figures["operating_points"]["youden"]
+            for name, point in figures["operating_points"].items():
+                assert set(point) >= AT_THRESHOLD | {"name", "threshold"}
+                assert point["name"] == name
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -163,7 +170,7 @@ def test_every_figure_follows_from_the_table_of_scores(smoke: Finished, model: s
     assert figures["auc"] == pytest.approx(roc_auc_score(table["y_true"], table["y_scores"]), abs=1e-12)
     of_truth = table["y_scores"].where(sick, 1 - table["y_scores"])
     assert figures["loss"] == pytest.approx(-np.log(of_truth).mean(), rel=1e-6)
-    for found in (figures, figures["operating_point"]):
+    for found in (figures, *figures["operating_points"].values()):
         called = table["y_scores"] > found["threshold"]
         counts = pd.crosstab(table["y_true"], called).reindex(index=[0, 1], columns=[False, True], fill_value=0)
         assert found["true_negatives"] == counts.loc[0, False]
@@ -210,17 +217,134 @@ def test_the_operating_point_is_the_best_on_validation_and_carried_to_test_uncha
 
 
 def test_the_long_table_holds_the_figures_of_the_json(smoke: Finished) -> None:
-    long = pd.read_csv(smoke.folder / "metrics.csv")
+    content = read_json(smoke.folder / "metrics.json")
+    assert content.pop("schema_version") == 1
+    long = pd.read_csv(smoke.folder / "metrics.csv", dtype=str, keep_default_na=False)
     assert list(long.columns) == ["model", "split", "metric", "value"]
     assert not long.duplicated(["model", "split", "metric"]).any()
+    rows = scorecard.as_rows(content)
+    assert list(long[["model", "split", "metric"]].itertuples(index=False, name=None)) == [row[:3] for row in rows]
+    for text, (*_, value) in zip(long["value"], rows, strict=True):
+        assert text == ("" if value is None else str(value)) or float(text) == value
     held = long.set_index(["model", "split", "metric"])["value"]
     for model, split in itertools.product(MODELS, SPLITS):
         figures = smoke.figures(model, split)
+        assert {name: float(held[model, split, name]) for name in FIGURES} == {name: figures[name] for name in FIGURES}
         point = figures["operating_point"]
-        assert {name: held[model, split, name] for name in FIGURES} == {name: figures[name] for name in FIGURES}
-        assert {name: held[model, split, f"youden.{name}"] for name in AT_THRESHOLD} == {
+        assert {name: float(held[model, split, f"youden.{name}"]) for name in AT_THRESHOLD} == {
             name: point[name] for name in AT_THRESHOLD
         }
+
+
+def own_images(smoke: Finished) -> tuple[Catalog, ImageStore]:
+    catalog = Catalog.read(smoke.folder / "catalog.csv", root=smoke.data)
+    return catalog, ImageStore.pack(catalog, size_px=Spec.from_toml(smoke.folder / "spec.toml").image.size_px)
+
+
+def test_what_can_be_had_without_a_lung_stands_beside_the_models(smoke: Finished) -> None:
+    catalog, store = own_images(smoke)
+    scored = {
+        "file-and-grey": shortcut.baseline(catalog.rows(), measured=appearance.look(catalog, store).measures),
+        "border-only": shortcut.border_probe(catalog.rows(), store=store),
+    }
+    content = read_json(smoke.folder / "metrics.json")["shortcuts"]
+    assert list(content) == list(SHORTCUTS) == list(scored)
+    for name, split in itertools.product(SHORTCUTS, SPLITS):
+        part = scored[name].of_split(split)
+        points = metrics.choose_operating_points(scored[name].of_split("validation"))
+        expected = metrics.evaluate(part, operating_points=points).as_dict()
+        found = content[name][split]
+        assert {key: found[key] for key in FIGURES} == pytest.approx({key: expected[key] for key in FIGURES})
+        assert {at: point["threshold"] for at, point in found["operating_points"].items()} == pytest.approx(points)
+
+
+def test_every_model_is_compared_with_every_other_and_with_what_sees_no_lung(smoke: Finished) -> None:
+    content = read_json(smoke.folder / "metrics.json")
+    assert list(content["comparisons"]) == list(SPLITS)
+    for split, compared in content["comparisons"].items():
+        pairs = itertools.combinations((*MODELS, *SHORTCUTS), 2)
+        assert [(one["first"], one["second"]) for one in compared] == list(pairs)
+        for one in compared:
+            areas = [(content["models"] | content["shortcuts"])[one[key]][split]["auc"] for key in ("first", "second")]
+            assert [one["auc"]["first"], one["auc"]["second"]] == pytest.approx(areas)
+            assert one["verdict"] in ("better", "worse", "cannot be told apart at this n")
+            assert one["comparisons"] == 10
+
+
+def test_the_shift_is_told_by_label_with_its_numbers_or_a_reason(smoke: Finished) -> None:
+    counts = Catalog.read(smoke.folder / "catalog.csv", root=smoke.data).counts()
+    found = read_json(smoke.folder / "metrics.json")["shift"]
+    assert list(found) == ["NORMAL", "PNEUMONIA"]
+    for label, one in found.items():
+        assert one["names"] == ["train", "test"]
+        assert one["n"] == [counts.loc["train", label], counts.loc["test", label]]
+        assert (one["p_value"] is None) == (one["auc"] is None) == (one["reason"] is not None)
+        assert (one["verdict"] == "not tested") == (one["p_value"] is None)
+    assert found["PNEUMONIA"]["p_value"] is not None  # eight groups or more in either set
+
+
+def test_every_look_at_the_test_images_is_in_the_ledger_and_said(smoke: Finished) -> None:
+    rows = Catalog.read(smoke.folder / "catalog.csv", root=smoke.data).rows("test")
+    test_set = ledger.test_set_of(rows["image_id"].tolist())
+    book = Ledger(smoke.folder.parent / "cache" / "ledger.jsonl")
+    looks = book.looks(test_set)
+    assert [look.model for look in looks] == list(MODELS)
+    for look in looks:
+        figures = smoke.figures(look.model, "test")
+        assert (look.n, look.auc, look.accuracy) == (figures["n"], figures["auc"], figures["accuracy"])
+        model = (smoke.folder / "models" / f"{look.model}.keras").read_bytes()
+        assert look.model_hash == sha256(model).hexdigest()
+        assert look.spec_hash == smoke.manifest["spec_hash"]
+    found = read_json(smoke.folder / "metrics.json")["test_set"]
+    assert found == book.summary(test_set)
+    assert (found["looks"], found["models"], found["specs"]) == (3, 3, 1)
+
+
+def test_one_table_per_split_is_shown_with_the_verdicts_under_it(smoke: Finished) -> None:
+    content, said = read_json(smoke.folder / "metrics.json"), smoke.stdout.splitlines()
+    for split in SPLITS:
+        n = smoke.figures("cnn", split)["n"]
+        at = said.index(f"Results on {split}, {n} images - SYNTHETIC DATA")
+        heads = re.split(r" {2,}", said[at + 1])
+        assert heads == list(scorecard.TABLE_HEAD)
+        cells = [re.split(r" {2,}", line) for line in said[at + 2 : at + 2 + len(MODELS) + len(SHORTCUTS)]]
+        assert [row[0] for row in cells] == [*MODELS, *SHORTCUTS]
+        for model, row in zip(MODELS, cells, strict=False):
+            figures = smoke.figures(model, split)
+            low, high = (figures["auc_interval"][end] for end in ("low", "high"))
+            assert row[1] == f"{figures['auc']:.4f} ({low:.3f}-{high:.3f})"
+            assert row[2:5] == [
+                f"{figures['accuracy']:.4f}", str(figures["false_negatives"]), str(figures["false_positives"])
+            ]  # fmt: skip
+            assert row[-2:] == [str(figures["operating_point"][f"false_{kind}s"]) for kind in ("negative", "positive")]
+        under = said[at + 2 + len(cells) :]
+        among = [one["sentence"] for one in content["comparisons"][split] if {one["first"], one["second"]} <= {*MODELS}]
+        assert under[: len(among)] == [f"  {sentence}" for sentence in among]
+    for model in MODELS:
+        assert f"  {model}: {content['moved'][model]['sentence']}" in said
+    for one in (*content["shift"].values(), content["not_assessable"], content["test_set"]):
+        assert f"  {one['sentence']}" in said
+    assert any("without looking at a lung" in line or "those see no lung" in line for line in said)
+
+
+def test_what_flatters_and_what_it_costs_is_said(smoke: Finished) -> None:
+    said = smoke.stdout.splitlines()
+    assert read_json(smoke.folder / "metrics.json")["chosen_on"] == "validation"
+    assert (
+        "  Thresholds and temperature come from the validation images, which also steered the training; "
+        "split.calibration keeps images apart for them."
+    ) in said
+    (cost,) = (at for at, line in enumerate(said) if line.startswith("  Bootstrap by group, 100 resamples: about "))
+    assert said.index("Measuring ...") < cost < said.index(next(line for line in said if "Measuring: done" in line))
+
+
+def test_the_audit_is_said_and_kept_before_any_training(smoke: Finished) -> None:
+    content, said = read_json(smoke.folder / "audit.json"), smoke.stdout.splitlines()
+    assert content["passed"] is True
+    assert content["n_images"] == 60
+    at = [said.index(f"  {finding['name']}: {finding['sentence']}") for finding in content["findings"]]
+    assert at
+    assert max(at) < said.index("Training cnn (CNN from scratch) ...")
 
 
 def test_the_catalog_keeps_the_test_folder_as_test_and_cuts_no_group(smoke: Finished) -> None:
@@ -312,8 +436,7 @@ def test_synthetic_images_are_called_so_everywhere(smoke: Finished) -> None:
     assert smoke.manifest["note"] == "SYNTHETIC DATA"
     said = smoke.stdout.splitlines()
     assert "Warning: SYNTHETIC DATA: the figures say nothing about real radiographs." in said
-    assert "Results on validation - SYNTHETIC DATA" in said
-    assert "Results on test - SYNTHETIC DATA" in said
+    assert "Results on test, 16 images - SYNTHETIC DATA" in said
     assert said[-1] == "Research use only, not a medical device. SYNTHETIC DATA."
     assert "SYNTHETIC DATA" in (smoke.folder / "run.log").read_text(encoding="utf-8")
 
@@ -338,59 +461,61 @@ def test_random_weights_are_named_in_every_output(data: Path, tmp_path: Path) ->
     note = "SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS"
     assert read_json(run.metrics_path)["note"] == note
     assert read_json(run.manifest_path)["note"] == note
-    assert f"Results on test - {note}" in stream.getvalue()
+    assert f"Results on test, 16 images - {note}" in stream.getvalue()
     assert f"Warning: {note}: the figures say nothing about real radiographs." in stream.getvalue()
     assert note in run.log_path.read_text(encoding="utf-8")
 
 
-def zipped(data: Path, target: Path) -> Path:
-    with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(data.rglob("*.jpeg")):
-            archive.write(path, path.relative_to(data))
-    return target
+# --- what is refused before any training -----------------------------------------------------------------------------
 
 
-def listed(data: Path, target: Path) -> Path:
-    rows = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(data.rglob("*.jpeg"))]
-    target.write_text("\n".join(["path,label,split", *rows]), encoding="utf-8")
-    return target
+def first_of(folder: Path) -> Path:
+    return min(folder.iterdir())
 
 
-def unnamed(data: Path, target: Path) -> Path:
-    shutil.copytree(data, target, ignore=shutil.ignore_patterns(phantom.NOTICE_NAME, "phantom.json"))
-    return target
+def leak_an_image(given: Path) -> None:
+    shutil.copy(first_of(given / "train" / "PNEUMONIA"), given / "test" / "PNEUMONIA" / "person9000_virus_1.jpeg")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(zipped, "set.zip"), (listed, "set.csv"), (unnamed, "set")])
-def test_synthetic_images_are_known_in_whatever_they_come(
-    data: Path, tmp_path: Path, kind: Callable[[Path, Path], Path], name: str
+def cut_a_patient(given: Path) -> None:
+    name = first_of(given / "train" / "PNEUMONIA").stem
+    grey = np.random.default_rng(0).integers(0, 255, (80, 96), dtype=np.uint8)
+    Image.fromarray(grey).save(given / "test" / "PNEUMONIA" / f"{name}9.jpeg")
+
+
+def label_twice(given: Path) -> None:
+    shutil.copy(first_of(given / "train" / "PNEUMONIA"), given / "train" / "NORMAL" / "IM-9000-0001.jpeg")
+
+
+@pytest.mark.parametrize(
+    ("plant", "names"),
+    [
+        (leak_an_image, ["content-across-test", "group-across-test"]),
+        (cut_a_patient, ["group-across-test"]),
+        (label_twice, ["two-labels"]),
+    ],
+)
+def test_a_planted_fault_is_refused_before_any_training(
+    data: Path, tmp_path: Path, plant: Callable[[Path], None], names: list[str]
 ) -> None:
-    given = kind(data, tmp_path / name)
-    assert pipeline.note_of(spec_of(), given, catalog=Catalog.scan(given)) == "SYNTHETIC DATA"
+    given, folder = shutil.copytree(data, tmp_path / "set"), tmp_path / "run"
+    plant(given)
 
+    def trained() -> bool:
+        raise AssertionError("a step of training began")
 
-def test_a_list_that_mixes_synthetic_images_in_is_called_synthetic(data: Path, tmp_path: Path) -> None:
-    given = tmp_path / "set"
-    for split, label in itertools.product(("train", "test"), ("NORMAL", "PNEUMONIA")):
-        for number in range(3):
-            (given / split / label).mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng([number, len(label), len(split)]).integers(0, 255, (40, 40), dtype=np.uint8)
-            Image.fromarray(pixels).save(given / split / label / f"{split}-{number}.jpeg")
-    assert pipeline.note_of(spec_of(), given, catalog=Catalog.scan(given)) == ""
-    rows = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(given.rglob("train/*/*.jpeg"))]
-    rows += [f"{path},{path.parent.name},test" for path in sorted((data / "test").rglob("*.jpeg"))]
-    manifest = tmp_path / "set.csv"
-    manifest.write_text("\n".join(["path,label,split", *rows]), encoding="utf-8")
-    assert pipeline.note_of(spec_of(), manifest, catalog=Catalog.scan(manifest)) == "SYNTHETIC DATA"
-
-
-def test_random_weights_are_named_only_for_the_approaches_that_use_them(data: Path) -> None:
-    spec, catalog = spec_of("backbone.weights=none"), Catalog.scan(data)
-    random = "SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS"
-    assert pipeline.note_of(spec, data, catalog=catalog) == random
-    assert pipeline.note_of(spec, data, catalog=catalog, models_used=["ft"]) == random
-    assert pipeline.note_of(spec, data, catalog=catalog, models_used=["cnn"]) == "SYNTHETIC DATA"
-    assert pipeline.note_of(spec.with_overrides(["models=cnn"]), data, catalog=catalog) == "SYNTHETIC DATA"
+    with pytest.raises(DataError) as refusal:
+        pipeline.run(spec_of("models=cnn", "image.size_px=32"), given, folder, stop=trained)
+    assert refusal.value.exit_status == 1
+    found = read_json(folder / "audit.json")
+    errors = [finding for finding in found["findings"] if finding["severity"] == "error"]
+    assert [finding["name"] for finding in errors] == names
+    assert str(refusal.value) == "The audit refuses these data. " + " ".join(
+        f"{finding['name']}: {finding['sentence']}" for finding in errors
+    )
+    manifest = read_json(folder / "manifest.json")
+    assert (manifest["status"], manifest["error"]) == ("failed", str(refusal.value))
+    assert files_under(folder) - {"figures/near_duplicates.png"} == {"manifest.json", "audit.json", "run.log"}
 
 
 # --- stopped, failed, taken up again ---------------------------------------------------------------------------------
@@ -513,59 +638,84 @@ def test_a_finished_run_is_taken_up_without_a_change(smoke: Finished, data: Path
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*") if path.is_file()} == before
 
 
-# --- inspect, evaluate -----------------------------------------------------------------------------------------------
+# --- images kept apart for choices; no backbone here ------------------------------------------------------------------
 
 
-def test_the_distributions_and_grids_are_drawn_from_all_images(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def calibrated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A cnn with a calibration part, on a machine that lacks the backbone's weights, which a cnn does not need."""
+    folder, stream = tmp_path_factory.mktemp("calibrated"), io.StringIO()
+    settings = ("models=cnn", "image.size_px=32", "split.calibration=0.5", f"backbone.weights={folder / 'none.h5'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PNEUMOSCOPE_CACHE", str(folder / "cache"))
+        pipeline.run(spec_of(*settings), data, folder / "run", narration=Narration("plain", stream=stream))
+    return Finished(folder / "run", data, stream.getvalue(), "")
+
+
+def test_choices_come_from_the_part_kept_apart_for_them(calibrated: Finished) -> None:
+    content = read_json(calibrated.folder / "metrics.json")
+    assert content["chosen_on"] == "calibration"
+    assert list(content["models"]["cnn"]) == ["validation", "calibration", "test"]
+    table = calibrated.table("cnn", "calibration_yscores")
+    rows = table.rename(columns={"y_true": "label"}).assign(split="calibration")
+    choice = scorecard.Choice.on(Predictions.of(rows, rows["y_scores"]), spec=spec_of().evaluation)
+    for split in ("validation", "calibration", "test"):
+        found = scorecard.Choice.of_dict(calibrated.figures("cnn", split))
+        assert found.points == pytest.approx(choice.points, abs=1e-6)
+        assert found.conformal == choice.conformal
+    assert (calibrated.folder / "figures" / "cnn_roc_curve_calibration.png").exists()
+    assert "Thresholds and temperature come from the validation images" not in calibrated.stdout
+
+
+def test_without_the_backbone_the_shift_has_a_reason_and_the_run_ends_well(calibrated: Finished) -> None:
+    assert calibrated.manifest["status"] == "finished"
+    content = read_json(calibrated.folder / "metrics.json")
+    assert list(content["shift"]) == ["reason"]
+    assert "none.h5" in content["shift"]["reason"]
+    assert f"  {content['shift']['reason']}" in calibrated.stdout.splitlines()
+    assert "not_assessable" not in content
+
+
+def test_other_images_are_measured_with_the_choices_of_the_run(
+    calibrated: Finished, data: Path, own_cache: Path, tmp_path: Path
 ) -> None:
-    drawn: list[tuple[str, object]] = []
-
-    def noting(draw: Callable[..., Any], *, key: str = "") -> Callable[..., Any]:
-        def and_draw(content: Any, **options: Any) -> Any:
-            drawn.append((options["title"], options[key] if key else content))
-            return draw(content, **options)
-
-        return and_draw
-
-    monkeypatch.setattr(drawings, "class_bars", noting(drawings.class_bars))
-    monkeypatch.setattr(drawings, "class_pie", noting(drawings.class_pie))
-    monkeypatch.setattr(drawings, "sample_grid", noting(drawings.sample_grid, key="captions"))
-    pipeline.inspect(data, tmp_path / "look", spec=spec_of())
-    for split in ("train", "test"):
-        names = {label: {path.name for path in (data / split / label).iterdir()} for label in ("NORMAL", "PNEUMONIA")}
-        counts = {label: len(found) for label, found in names.items()}
-        title = {"train": "Training images", "test": "Test images"}[split]
-        assert [content for said, content in drawn if said == title] == [counts, counts]  # bars and pie
-        for label, found in names.items():
-            (captions,) = (content for said, content in drawn if said == f"{label}, {split} images")
-            assert isinstance(captions, list)
-            assert len(set(captions)) == min(12, len(found))
-            assert set(captions) <= found
+    own_cache.mkdir()
+    shutil.copy(calibrated.folder.parent / "cache" / "ledger.jsonl", own_cache)
+    run = Run.open(shutil.copytree(calibrated.folder, tmp_path / "run"))
+    before = run.metrics_path.read_bytes()
+    path = pipeline.evaluate_run(run, data=data / "test")  # the very images that the run was tested on
+    content = read_json(path)
+    assert path == run.folder / "evaluations" / "test" / "metrics.json"
+    assert run.metrics_path.read_bytes() == before
+    assert content["chosen_on"] == "calibration"
+    assert list(content["models"]["cnn"]) == ["test"]
+    again, first = content["models"]["cnn"]["test"], calibrated.figures("cnn", "test")
+    assert scorecard.Choice.of_dict(again) == scorecard.Choice.of_dict(first)
+    for key in ("n", "accuracy", "false_negatives", "false_positives", "operating_points", "subgroups"):
+        assert again[key] == first[key]
+    assert again["loss"] == pytest.approx(first["loss"])
+    assert content["shortcuts"] == {}
+    assert content["test_set"]["test_set"] == read_json(run.metrics_path)["test_set"]["test_set"]
+    looks = Ledger.in_cache().looks(content["test_set"]["test_set"])
+    assert [(look.model, look.auc) for look in looks] == [("cnn", first["auc"]), ("cnn", again["auc"])]
+    assert (content["test_set"]["looks"], content["test_set"]["models"]) == (2, 1)
 
 
-def test_inspect_lists_and_draws_the_images_and_trains_nothing(data: Path, tmp_path: Path) -> None:
-    stream = io.StringIO()
-    spec = spec_of("backbone.weights=none")
-    catalog = pipeline.inspect(data, tmp_path / "look", spec=spec, narration=Narration("plain", stream=stream))
-    assert files_under(tmp_path / "look") == {"catalog.csv"} | {f"figures/{name}" for name in DATA_FIGURES}
-    counts = catalog.counts()
-    on_disk = {
-        (split, label): len(list((data / split / label).glob("*.jpeg")))
-        for split, label in itertools.product(("train", "test"), ("NORMAL", "PNEUMONIA"))
-    }
-    for label in ("NORMAL", "PNEUMONIA"):
-        assert counts.loc[["train", "validation"], label].sum() == on_disk["train", label]
-        assert counts.loc["test", label] == on_disk["test", label]
-    said = [line.split() for line in stream.getvalue().splitlines()]
-    assert ["test", *(str(count) for count in counts.loc["test"])] in said
-    assert ["all", str(on_disk["train", "NORMAL"] + on_disk["test", "NORMAL"]), *said_total(on_disk)] in said
-    assert "RANDOM" not in stream.getvalue()
+def test_a_fold_is_judged_by_what_it_held_out_and_looks_at_the_test_images_only_when_asked(
+    data: Path, tmp_path: Path
+) -> None:
+    settings = ("models=cnn", "image.size_px=32", "evaluation.bootstrap=0", "split.folds=2")
+    run = pipeline.run(spec_of(*settings, f"backbone.weights={tmp_path / 'none.h5'}"), data, tmp_path / "run")
+    content = read_json(run.metrics_path)
+    assert list(content["models"]["cnn"]) == ["validation"]
+    assert "test_set" not in content
+    assert not Ledger.in_cache().path.exists()
+    content = read_json(pipeline.evaluate_run(run, data=data / "test"))
+    assert content["models"]["cnn"]["test"]["n"] == 16
+    assert content["test_set"]["looks"] == 1
 
 
-def said_total(on_disk: dict[tuple[str, str], int]) -> list[str]:
-    sick = on_disk["train", "PNEUMONIA"] + on_disk["test", "PNEUMONIA"]
-    return [str(sick), str(sum(on_disk.values()))]
+# --- evaluated again -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -575,6 +725,41 @@ def with_cnn_only(smoke: Finished, tmp_path: Path) -> Run:
     for model in ("tl", "ft"):
         (folder / "models" / f"{model}.keras").unlink()
     return Run.open(folder)
+
+
+def test_a_run_that_is_scored_again_has_the_same_figures_and_one_look_more(
+    with_cnn_only: Run, smoke: Finished, own_cache: Path
+) -> None:
+    own_cache.mkdir()
+    shutil.copy(smoke.folder.parent / "cache" / "ledger.jsonl", own_cache)
+    assert pipeline.evaluate_run(with_cnn_only) == with_cnn_only.metrics_path
+    again, first = (read_json(folder / "metrics.json") for folder in (with_cnn_only.folder, smoke.folder))
+    assert list(again["models"]) == ["cnn"]
+    for split in SPLITS:
+        found, before = again["models"]["cnn"][split], first["models"]["cnn"][split]
+        assert {key: found[key] for key in FIGURES} == pytest.approx({key: before[key] for key in FIGURES})
+        assert scorecard.Choice.of_dict(found).points == pytest.approx(scorecard.Choice.of_dict(before).points)
+        assert again["shortcuts"]["border-only"][split]["auc"] == first["shortcuts"]["border-only"][split]["auc"]
+        assert [(one["first"], one["second"]) for one in again["comparisons"][split]] == [
+            *itertools.combinations(("cnn", *SHORTCUTS), 2)
+        ]
+    assert again["note"] == "SYNTHETIC DATA"
+    assert (again["test_set"]["looks"], again["test_set"]["models"]) == (4, 3)
+
+
+def test_a_run_without_its_models_is_not_evaluated(with_cnn_only: Run) -> None:
+    with_cnn_only.model_path("cnn").unlink()
+    with pytest.raises(DataError, match=r"^There is no model to measure; "):
+        pipeline.evaluate_run(with_cnn_only)
+
+
+def test_a_run_of_an_earlier_version_is_scored_anew_before_other_images(with_cnn_only: Run, data: Path) -> None:
+    content = read_json(with_cnn_only.metrics_path)
+    for figures in content["models"]["cnn"].values():
+        del figures["conformal"]
+    with_cnn_only.metrics_path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RunError, match=r"\('conformal'\), as where an earlier version wrote it; score the run again"):
+        pipeline.evaluate_run(with_cnn_only, data=data / "test")
 
 
 def test_figures_that_one_class_leaves_undefined_are_null(with_cnn_only: Run, data: Path, tmp_path: Path) -> None:
@@ -591,6 +776,8 @@ def test_figures_that_one_class_leaves_undefined_are_null(with_cnn_only: Run, da
     assert figures["specificity"] is None
     assert figures["operating_point"]["specificity"] is None
     assert figures["sensitivity"] is not None
+    for key in ("auc", "specificity", "youden.specificity"):
+        assert figures["undefined"][key] == "There is no NORMAL image."
     roc = pd.read_csv(path.parent / "tables" / "cnn_test_roc.csv")
     assert list(roc.columns) == ["fpr", "tpr", "thresholds"]
     assert roc.empty
@@ -636,7 +823,7 @@ def test_the_steps_compose_in_a_dozen_lines(data: Path) -> None:
     assert list(history.epochs["epoch"]) == [1, 2]
     assert evaluation.n == len(predictions) == 16
     assert evaluation.roc.auc == pytest.approx(roc_auc_score(predictions.labels, predictions.scores))
-    assert list(evaluation.operating_points) == ["youden"]
+    assert list(evaluation.operating_points) == POINTS
     for figure in (curve, roc):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")

@@ -8,6 +8,7 @@ underscore):
   Yields;
 - a class that takes more than one parameter lists each under Parameters; a dataclass or a pydantic model, its fields
   under Attributes;
+- an array that is taken, kept or given has its shape told;
 - whoever raises an error of the project names it, or a class above it, under Raises.
 
 Modules with a leading underscore owe docstrings and Raises only. Verbs of `cli` owe a docstring only: it is their help.
@@ -104,6 +105,18 @@ class Part(_Base):
     def __init__(self, a, b): ...
     def method(self, a, b): ...
     def _hidden(self, a, b): ...
+def flat(a: Array) -> Array:
+    """Short.
+
+    Parameters
+    ----------
+    a : ndarray of float64
+        Numbers.
+
+    Returns
+    -------
+    dict of str to ndarray
+    """
 '''
     assert [fault.partition(" ")[2] for fault in faults_in(ast.parse(poor), private=False, verbs=False)] == [
         "bare has no docstring",
@@ -115,10 +128,12 @@ class Part(_Base):
         "Part.method has no docstring",
         "Part.method: Parameters lacks a, b",
         "Part.method: Returns is missing",
+        "flat: Parameters gives no shape for a",
+        "flat: Returns gives no shape for dict of str to ndarray",
     ]
     good = '''
 @contextmanager
-def opened(a: int, *others: str, b: int = 1) -> Iterator[int]:
+def opened(a: int, *others: str, b: int = 1, images, scores) -> Iterator[int]:
     """Short.
 
     Parameters
@@ -126,6 +141,9 @@ def opened(a: int, *others: str, b: int = 1) -> Iterator[int]:
     a, b : int
         What they are.
     *others : str
+    images : sequence of ndarray
+        Each ``(H, W)``.
+    scores : ndarray of float64, shape (n,)
 
     Yields
     ------
@@ -155,8 +173,10 @@ def faults_in(tree: ast.Module, *, private: bool, verbs: bool) -> list[str]:
         lacks = [] if doc else [f"{name} has no docstring"]
         if isinstance(node, ast.ClassDef):
             lacks += [] if private else _class_faults(node, doc, name=name, is_model=node.name in models)
+            lacks += [] if private else _shape_faults(doc, name=name)
         elif not verbs:
             lacks += [] if private else _function_faults(node, doc, name=name)
+            lacks += [] if private else _shape_faults(doc, name=name)
             lacks += _raises_faults(node, doc, name=name)
         faults += [f"{node.lineno} {text}" for text in lacks]
     return faults
@@ -234,6 +254,16 @@ def _parameters(node: Function) -> list[str]:
     named = [*taken.posonlyargs, *taken.args, *([taken.vararg] if taken.vararg else []), *taken.kwonlyargs]
     names = [item.arg for item in [*named, *([taken.kwarg] if taken.kwarg else [])]]
     return [item for item in names if item not in ("self", "cls") and not item.startswith("_")]
+
+
+def _shape_faults(doc: str, *, name: str) -> list[str]:
+    faults = []
+    for title in ("Parameters", "Returns", "Yields", "Attributes"):
+        for entry in re.findall(r"^\S[^\n]*(?:\n[ \t]+[^\n]*)*", _section(doc, title), re.MULTILINE):
+            head = entry.partition("\n")[0]
+            if re.search(r"\bndarray\b|\barray_like\b", head) and not re.search(r"\bshape\b|\baxis\b|``\(", entry):
+                faults.append(f"{name}: {title} gives no shape for {head.partition(' :')[0]}")
+    return faults
 
 
 def _raises_faults(node: Function, doc: str, *, name: str) -> list[str]:

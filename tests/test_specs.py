@@ -21,6 +21,8 @@ TUTORIAL: dict[str, object] = {
     "models": ("cnn", "tl", "ft"),
     "split.by": "image",
     "split.validation": 0.2,
+    "split.calibration": 0.0,
+    "split.folds": 0,
     "image.size_px": 224,
     "augment.zoom": 0.1,
     "augment.translation": 0.1,
@@ -46,12 +48,18 @@ TUTORIAL: dict[str, object] = {
 }
 DEFAULT: dict[str, object] = {
     "split.by": "group",
+    "split.validation": 0.2,
+    "split.calibration": 0.5,
+    "split.folds": 0,
     "image.size_px": 224,
     "backbone.name": "efficientnet_lite0",
     "backbone.weights": "imagenet",
     "backbone.scaling": "native",
     "train.batch_size": 32,
     "audit.allow": (),
+    "evaluation.bootstrap": 1000,
+    "evaluation.cost_ratio": 5.0,
+    "evaluation.coverage": 0.9,
 }
 SMOKE: dict[str, object] = {
     "split.by": "group",
@@ -62,7 +70,9 @@ SMOKE: dict[str, object] = {
     "train.epochs": 1,
     "train.batch_size": 16,
     "cnn.layers": "tiny",
+    "evaluation.bootstrap": 100,
 }
+DEMO: dict[str, object] = DEFAULT | {"image.size_px": 128, "train.epochs": 20, "train.batch_size": 16}
 
 
 def value_at(spec: Spec, key: str) -> object:
@@ -74,8 +84,8 @@ def value_at(spec: Spec, key: str) -> object:
 
 @pytest.mark.parametrize(
     ("preset", "table"),
-    [("tutorial", TUTORIAL), ("default", DEFAULT), ("smoke", SMOKE)],
-    ids=["tutorial", "default", "smoke"],
+    [("tutorial", TUTORIAL), ("default", DEFAULT), ("smoke", SMOKE), ("demo", DEMO)],
+    ids=["tutorial", "default", "smoke", "demo"],
 )
 def test_preset_holds_what_the_design_says(preset: str, table: dict[str, object]) -> None:
     spec = Spec.preset_named(preset)
@@ -91,7 +101,8 @@ def test_every_key_that_scripts_rely_on_is_there() -> None:
     promised = {
         *("seed", "split.by", "split.validation", "image.size_px", "augment.zoom", "augment.translation"),
         *("backbone.name", "backbone.weights", "train.epochs", "train.batch_size", "train.threads"),
-        *("features.views", "features.dtype", "features.cache", "audit.allow"),
+        *("split.calibration", "split.folds", "split.fold", "features.views", "features.dtype", "features.cache"),
+        *("audit.allow", "evaluation.bootstrap", "evaluation.cost_ratio", "evaluation.coverage"),
         *("cnn.learning_rate", "tl.learning_rate", "ft.learning_rate", "ft.trainable_layers"),
     }
     assert promised <= set(valid_keys())
@@ -173,6 +184,11 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ('models=["ft"]', "models", ("ft",)),
         ("audit.allow=group-across-validation", "audit.allow", ("group-across-validation",)),
         ("audit.allow=[]", "audit.allow", ()),
+        ("split.calibration=0.25", "split.calibration", 0.25),
+        ("split.folds=20", "split.folds", 20),
+        ("evaluation.bootstrap=0", "evaluation.bootstrap", 0),
+        ("evaluation.cost_ratio=2", "evaluation.cost_ratio", 2.0),
+        ("evaluation.coverage=0.95", "evaluation.coverage", 0.95),
         ("data.classes.sick.ones=PNEUMONIA", "data.classes", {"sick.ones": "PNEUMONIA"}),
     ],
 )
@@ -218,6 +234,22 @@ def test_the_hash_follows_the_content() -> None:
             "split.by=patient",
             "--set: split.by = 'patient' is not valid: input should be 'group' or 'image'; change it.",
         ),
+        ("split.calibration=1", "--set: split.calibration = 1 is not valid: input should be less than 1; change it."),
+        ("split.calibration=-0.1", "split.calibration = -0.1 is not valid: input should be greater than or equal to 0"),
+        ("split.folds=1", "1 fold divides nothing; 2 or more are needed, or 0 for a single division; change it."),
+        (
+            "split.folds=21",
+            "--set: split.folds = 21 is not valid: input should be less than or equal to 20; change it.",
+        ),
+        ("split.fold=0", "--set: split.fold = 0 is not valid: input should be greater than or equal to 1; change it."),
+        (
+            "evaluation.bootstrap=-1",
+            "evaluation.bootstrap = -1 is not valid: input should be greater than or equal to 0",
+        ),
+        ("evaluation.bootstrap=100001", "is not valid: input should be less than or equal to 100000; change it."),
+        ("evaluation.cost_ratio=0", "evaluation.cost_ratio = 0 is not valid: input should be greater than 0; change"),
+        ("evaluation.coverage=0", "evaluation.coverage = 0 is not valid: input should be greater than 0; change it."),
+        ("evaluation.coverage=1", "evaluation.coverage = 1 is not valid: input should be less than 1; change it."),
         ("image.size_px=31", "--set: image.size_px = 31 is not valid: input should be greater than or equal to 32"),
         (
             "models=cnn,resnet",
@@ -235,6 +267,13 @@ def test_a_wrong_override_is_told(assignment: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         Spec().with_overrides([assignment])
     assert message in str(caught.value)
+
+
+def test_a_fold_beyond_the_last_is_told() -> None:
+    folds = Spec().with_overrides(["split.folds=5", "split.fold=5"]).split
+    assert (folds.folds, folds.fold) == (5, 5)
+    with pytest.raises(SpecError, match=r"^--set: split = .* fold 6 of 5 does not exist; change it\.$"):
+        Spec().with_overrides(["split.folds=5", "split.fold=6"])
 
 
 @pytest.mark.parametrize("key", ["train.epoch", "epochs", "train", "train.epochs.x", "", "zzz", "seed.x"])

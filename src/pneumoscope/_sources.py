@@ -62,7 +62,7 @@ _WORTH_SAYING: Final = {
 _Tree = tuple[tuple[str, ...], bool]  # the folders before a data set's own, and whether split folders follow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """An image before it is read: its path in the Catalog, its split and label, and what else is known of it."""
 
@@ -84,7 +84,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     """A file as a folder or an archive lists it: its name there, its path in the Catalog, and why not to open it."""
 
@@ -98,14 +98,14 @@ class _File:
         return tuple(self.name.split("/")[:-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Spot:
-    """Where a file stands: its data set, its split and label, and what a copy of it elsewhere would share."""
+    """Where the files of a folder stand: their data set, split and label, and how deep the class folder lies."""
 
     tree: _Tree
     split: str
     label: int
-    signature: tuple[str, ...]
+    depth: int
 
 
 def find(data: Path | str, *, classes: Mapping[str, str], reader: Reader) -> Found:
@@ -233,7 +233,7 @@ class Reader:
 
 def _path_of(name: str) -> str:
     """Return the Catalog's path for a name: valid UTF-8, and never the beginning of a spreadsheet formula."""
-    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
     return f"./{text}" if text.startswith(_FORMULA) else text
 
 
@@ -265,20 +265,21 @@ def _walk(root: Path) -> tuple[list[_File], Counter[str]]:
     while pending:
         folder = pending.pop()
         try:
-            entries = list(os.scandir(root / folder))
+            listing = os.scandir(root / folder)
         except OSError:
             if not folder:
                 raise
             ignored["unreadable folders"] += 1
             continue
-        for entry in entries:
-            name = folder + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(f"{name}/")
-            elif entry.is_symlink() and Path(entry.path).is_dir():
-                ignored["linked folders"] += 1
-            else:
-                files.append(_listed(entry, name, root))
+        with listing as entries:  # one at a time: an entry costs far more memory than what is kept of it
+            for entry in entries:
+                name = folder + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{name}/")
+                elif entry.is_symlink() and Path(entry.path).is_dir():
+                    ignored["linked folders"] += 1
+                else:
+                    files.append(_listed(entry, name, root))
     return sorted(files, key=lambda file: file.path), ignored
 
 
@@ -371,10 +372,12 @@ def _place(
             ignored[kind] += 1
         else:
             pictures.append(file)
-    spots = {file.name: spot for file in pictures if (spot := _locate(file, known))}
+    folders = {file.name.rpartition("/")[0]: file.folders for file in pictures}
+    of_folder = {name: spot for name, parts in folders.items() if (spot := _locate(parts, known))}
+    spots = {file.name: spot for file in pictures if (spot := of_folder.get(file.name.rpartition("/")[0]))}
     if not pictures:
         raise DataError(_nothing_here(files, ignored, place))
-    tree = _only_tree(list(spots.values()), place) if spots else None
+    tree = _only_tree([(file, spots[file.name]) for file in pictures if file.name in spots], place) if spots else None
     strays = [file for file in pictures if file.name not in spots]
     _refuse_unknown(strays, tree, place)
     if tree is None:
@@ -411,28 +414,34 @@ def _ignored_kind(file: _File) -> str:
     return "" if name.lower().endswith(KERAS_SUFFIXES + OTHER_SUFFIXES) else "other files"
 
 
-def _locate(file: _File, known: Mapping[str, int]) -> _Spot | None:
-    """Find a file's class folder (the one after a split folder, else the deepest) and the split beside it."""
-    names = [folder.casefold() for folder in file.folders]
+def _locate(folders: tuple[str, ...], known: Mapping[str, int]) -> _Spot | None:
+    """Find the class folder (the one after a split folder, else the deepest) and the split beside it."""
+    names = [folder.casefold() for folder in folders]
     places = [at for at, name in enumerate(names) if name in known]
     if not places:
         return None
     at = next((at for at in places if at and names[at - 1] in SPLIT_NAMES), places[-1])
     before = SPLIT_NAMES.get(names[at - 1], "") if at else ""
     split = before or SPLIT_NAMES.get("".join(names[at + 1 : at + 2]), "")
-    tree = (file.folders[: at - bool(before)], bool(split))
-    signature = (split, *names[at:], file.name.rpartition("/")[2], str(file.n_bytes))
-    return _Spot(tree, split, known[names[at]], signature)
+    return _Spot((folders[: at - bool(before)], bool(split)), split, known[names[at]], at)
 
 
-def _only_tree(spots: Sequence[_Spot], place: Path) -> _Tree:
+def _signature(file: _File, spot: _Spot) -> tuple[str | int, ...]:
+    """Return what a file shares with a copy of it in another tree."""
+    names = [folder.casefold() for folder in file.folders[spot.depth :]]
+    return (spot.split, *names, file.name.rpartition("/")[2], file.n_bytes)
+
+
+def _only_tree(placed: Sequence[tuple[_File, _Spot]], place: Path) -> _Tree:
     """Return the one data set among the files; others are bearable only where they repeat a part of it."""
-    trees: dict[_Tree, list[_Spot]] = defaultdict(list)
-    for spot in spots:
-        trees[spot.tree].append(spot)
+    trees: dict[_Tree, list[tuple[_File, _Spot]]] = defaultdict(list)
+    for file, spot in placed:
+        trees[spot.tree].append((file, spot))
     main, *rest = sorted(trees, key=lambda tree: (-len(trees[tree]), tree))
-    held = {spot.signature for spot in trees[main]}
-    others = [tree for tree in rest if not held.issuperset(spot.signature for spot in trees[tree])]
+    if not rest:
+        return main
+    held = {_signature(*one) for one in trees[main]}
+    others = [tree for tree in rest if not held.issuperset(_signature(*one) for one in trees[tree])]
     if others:
         names = ", ".join(repr("/".join(tree[0]) or ".") for tree in sorted([main, *others])[:5])
         raise DataError(f"{place} holds {1 + len(others)} data sets, in {names}; give the folder of one of them.")

@@ -35,7 +35,7 @@ MEASURES: Final = (
 """Columns of `Looks.measures`, in order."""
 
 BORDER_SHARE: Final = 0.08
-"""Width of the border on each side, as a share of the packed image's side."""
+"""Width of the border, as a share of the packed image's side; see `border_px`."""
 
 ORIENTATIONS: Final = (
     "upright", "turned-270", "turned-180", "turned-90",
@@ -105,7 +105,7 @@ class Looks:
 
         ``width_px``, ``height_px`` and ``aspect`` (width / height) of the original; ``file_bytes``; ``jpeg_quality``
         (float, 1 to 100, NaN where the file is no JPEG); ``mean`` and ``contrast`` (standard deviation) of the packed
-        image, ``border_mean`` and ``border_std`` of its outer `BORDER_SHARE`, in grey levels 0 to 255; ``frames``
+        image, ``border_mean`` and ``border_std`` of its border (`border_px` wide), in grey levels 0 to 255; ``frames``
         (pages in the file); ``orientation``, one of `ORIENTATIONS`, empty where it cannot be judged.
         """
         return self.rows[list(MEASURES)]
@@ -157,6 +157,11 @@ def look(catalog: Catalog, store: ImageStore, *, progress: Progress | None = Non
     seen["content"] = pd.Series(_contents(catalog, paths, ids, packed=seen.pop("pixels").tolist()), dtype="str")
     table = rows.join(seen.set_index(distinct["image_id"]), on="image_id")
     return Looks(table.assign(aspect=table["width_px"] / table["height_px"]), thumbs)
+
+
+def border_px(size_px: int) -> int:
+    """Return how wide the border of a packed image is on each side: `BORDER_SHARE` of its side, at least 1 pixel."""
+    return max(1, round(BORDER_SHARE * size_px))
 
 
 def jpeg_quality(data: bytes) -> int | None:
@@ -299,7 +304,7 @@ def _bytes_of(catalog: Catalog, path: str, image_id: str) -> bytes:
 def _facts(data: bytes, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
     """Return what one file's header and its packed pixels tell, and a hash of the latter."""
     header = images.read_header(data)
-    width = max(1, round(BORDER_SHARE * len(pixels)))
+    width = border_px(len(pixels))
     border = np.ones(pixels.shape, dtype=np.bool_)
     border[width:-width, width:-width] = False
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ SPLITS: Final = ("train", "validation", "calibration", "test")
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
 
+_BLOCK: Final = 1024  # files that wait for a thread at one time: each costs far more memory than its row
 _INTEGERS: Final = {"label": "int8", "width_px": "int64", "height_px": "int64", "file_bytes": "int64"}
 _FORMAT_OF_SUFFIX: Final = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 _KAGGLE_PERSON: Final = re.compile(r"person(?P<number>\d+)_(?P<kind>bacteria|virus)_\d+(_\d+)*", re.I | re.A)
@@ -124,11 +126,12 @@ class Catalog:
             raise DataError(
                 f"{path} is not a catalog: the columns {','.join(COLUMNS)} were expected; scan the data anew."
             )
-        table = pd.DataFrame(
-            [map(_sources.plain_cell, cells) for _, cells in lines[1:]], columns=list(COLUMNS), dtype=str
-        )
+        table = {
+            name: pd.Series([_sources.plain_cell(cells[at]) for _, cells in lines[1:]], dtype="str")
+            for at, name in enumerate(COLUMNS)
+        }
         try:
-            return cls(root.absolute(), table.astype(_INTEGERS))
+            return cls(root.absolute(), pd.DataFrame(table).astype(_INTEGERS))
         except (ValueError, OverflowError) as error:
             raise DataError(f"{path} is not a catalog ({error}); scan the data anew.") from error
 
@@ -181,7 +184,7 @@ class Catalog:
         DataError
             Where there are too few images or groups to hold any out.
         """
-        table, notes = self.table.copy(), list(self.notes)
+        table, notes = self.table.assign(split=self.table["split"]), list(self.notes)  # other columns stay shared
         if not (table["split"] == "test").any():
             held = _hold_out(table, fraction=spec.test, seed=[seed, 1])
             _assign(table, held, "test")
@@ -208,11 +211,9 @@ class Catalog:
         reasons : mapping of str to str
             ``image_id`` -> a few words for ``status``.
         """
-        table = self.table.copy()
-        found = table["image_id"].map(lambda image_id: reasons.get(image_id, ""))
-        hit = (found != "") & (table["image_id"] != "")
-        table.loc[hit, "status"] = found[hit]
-        return replace(self, table=table)
+        rows = zip(self.table["image_id"], self.table["status"], strict=True)
+        now = [(image_id and reasons.get(image_id)) or status for image_id, status in rows]  # empty: never read
+        return replace(self, table=self.table.assign(status=pd.Series(now, index=self.table.index, dtype="str")))
 
     def rows(self, split: str | None = None, *, label: int | None = None) -> pd.DataFrame:
         """Return the usable rows, in the table's order, numbered anew from 0.
@@ -319,18 +320,22 @@ def _examine(
     rows: Sequence[_sources.Row], root: Path, reader: _sources.Reader, progress: Progress | None
 ) -> tuple[pd.DataFrame, list[str]]:
     """Hash every file, read its header and find its group; on all cores, because most of it waits for the disk."""
-    records: list[dict[str, Any]] = []
+    cells = {name: np.empty(len(rows), dtype=_INTEGERS.get(name, "object")) for name in COLUMNS}
+    misnamed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for record in pool.map(lambda row: _record(row, root, reader), rows):
-            records.append(record)
-            if progress is not None:
-                progress(len(records), len(rows))
-    found = pd.DataFrame(records, columns=[*COLUMNS, "misnamed"])
-    table = found[list(COLUMNS)].astype({**dict.fromkeys(COLUMNS, "str"), **_INTEGERS})
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            for at, record in enumerate(pool.map(lambda row: _record(row, root, reader), block), start):
+                for name in COLUMNS:
+                    cells[name][at] = record[name]
+                misnamed += record["misnamed"]
+                if progress is not None:
+                    progress(at + 1, len(rows))
+    table = pd.DataFrame({name: pd.Series(cells.pop(name), dtype=_INTEGERS.get(name, "str")) for name in COLUMNS})
     notes = []
-    if unknown := int((table["group"] == "file/" + table["path"]).sum()):
+    if unknown := sum(group == f"file/{path}" for group, path in zip(table["group"], table["path"], strict=True)):
         notes.append(f"{unknown:,} of {len(rows):,} names tell no patient; each of these images is its own group.")
-    if misnamed := int(found["misnamed"].sum()):
+    if misnamed:
         notes.append(f"{misnamed:,} files hold another format than their name says; they were read by their content.")
     if joined := _join_groups(table):
         notes.append(f"{joined:,} groups share identical images with another group and were joined to it.")
@@ -363,7 +368,7 @@ def _group_of(path: str) -> tuple[str, str]:
     if match := _KAGGLE_NORMAL.fullmatch(stem):
         return f"{(match[1] or '').upper()}IM/{match[2].lstrip('0') or 0}", ""
     if match := _KAGGLE_PERSON.fullmatch(stem) or _MENDELEY.fullmatch(stem):
-        kind, number = match["kind"].lower(), match["number"].lstrip("0") or "0"
+        kind, number = sys.intern(match["kind"].lower()), match["number"].lstrip("0") or "0"
         return (f"NORMAL/{number}", "") if kind == "normal" else (f"{kind}/{number}", kind)
     return "", ""
 
@@ -377,13 +382,13 @@ def _join_groups(table: pd.DataFrame) -> int:
             group = parent[group]
         return group
 
-    usable = table[table["status"] == "ok"]
-    for groups in usable.groupby("image_id")["group"].unique():
+    usable = table.loc[table["status"] == "ok", ["image_id", "group"]]
+    for _, groups in usable[usable["image_id"].duplicated(keep=False)].groupby("image_id")["group"]:
         heads = sorted({head(group) for group in groups})
         parent.update(dict.fromkeys(heads[1:], heads[0]))
-    before = table["group"].nunique()
-    table["group"] = table["group"].map(head)
-    return int(before - table["group"].nunique())
+    if parent:
+        table["group"] = table["group"].map(head)
+    return len(parent)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -415,7 +420,9 @@ def _keep_calibration(table: pd.DataFrame, *, fraction: float, seed: Sequence[in
 def _fold(table: pd.DataFrame, fold: int, *, folds: int, seed: Sequence[int]) -> npt.NDArray[np.int64]:
     """Return the rows' index of one of `folds` parts of the train groups, each as alike in (label, subtype) as can be.
 
-    The largest groups come first (in a seeded order among equals), each to the part that holds least of its stratum.
+    The largest groups come first (in a seeded order among equals), each to the part that holds least of its stratum
+    and, among equals, least of its label. So no two parts of a stratum differ by more than its largest group, and each
+    part has both labels.
     """
     strata = _strata(table, "train")
     if (short := strata.groupby("label").size().min()) < folds:
@@ -424,25 +431,25 @@ def _fold(table: pd.DataFrame, fold: int, *, folds: int, seed: Sequence[int]) ->
         )
     random = np.random.RandomState(list(seed))
     shuffled = strata.sort_values("group").iloc[random.permutation(len(strata))]
-    held = np.zeros(folds)
+    sizes = np.zeros((3, folds))  # images in each part: of this stratum, of this label, of all
     mine: list[str] = []
-    for _, stratum in shuffled.groupby(["label", "subtype"]):
-        within = np.zeros(folds)
-        for group, n in stratum.sort_values("n", ascending=False, kind="stable")[["group", "n"]].itertuples(
-            index=False
-        ):
-            to = min(range(folds), key=lambda part: (within[part], held[part]))
-            within[to] += n
-            held[to] += n
-            if to == fold - 1:
-                mine.append(str(group))
+    for _, of_label in shuffled.groupby("label"):
+        sizes[1] = 0
+        for _, stratum in of_label.groupby("subtype"):
+            sizes[0] = 0
+            largest_first = stratum.sort_values("n", ascending=False, kind="stable")
+            for group, n in zip(largest_first["group"], largest_first["n"], strict=True):
+                to = int(np.lexsort(sizes[::-1])[0])  # least by the first row, ties by the second, then by the third
+                sizes[:, to] += n
+                if to == fold - 1:
+                    mine.append(group)
     train = table["split"] == "train"
     return np.asarray(table.index[train & table["group"].isin(mine)], dtype=np.int64)
 
 
 def _strata(table: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return one row per group of a split's usable images: ``group``, commonest ``label`` and ``subtype``, ``n``."""
-    usable = table[(table["split"] == split) & (table["status"] == "ok")]
+    usable = table.loc[(table["split"] == split) & (table["status"] == "ok"), ["group", "label", "subtype"]]
     counted = usable.groupby(["group", "label", "subtype"]).size().rename("n").reset_index()
     main = counted.sort_values(["n", "label", "subtype"], ascending=[False, True, True], kind="stable")
     return main.drop_duplicates("group").assign(n=lambda rows: rows["group"].map(usable["group"].value_counts()))
@@ -464,8 +471,8 @@ def _hold_out(
         taken: list[str] = []
         for _, stratum in of_label.sort_values("group").groupby("subtype"):
             missing = carry + fraction * float(stratum["n"].sum())
-            for at in random.permutation(len(stratum)):
-                group, n = str(stratum["group"].iloc[at]), int(stratum["n"].iloc[at])
+            seeded = stratum.iloc[random.permutation(len(stratum))]
+            for group, n in zip(seeded["group"], seeded["n"], strict=True):
                 if abs(missing - n) < abs(missing):
                     taken.append(group)
                     missing -= n

@@ -62,6 +62,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=3; may be repeated."),
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="FINDING",
+        help="Let an error of the audit pass: content-across-validation, group-across-validation or two-labels; "
+        "may be repeated.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON event per line instead of text.")]
 
 
@@ -125,6 +134,19 @@ def run(
     models: Annotated[
         str | None, typer.Option(help=f"Which approaches, separated by commas: {','.join(APPROACHES)}.")
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=2, help="Train K further times, each time holding out another part of the patients."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Train with N seeds in all, so that a verdict does not hang on the luck of one."
+        ),
+    ] = None,
+    allow: Allow = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run; starts fresh where there is nothing.")
     ] = False,
@@ -134,11 +156,20 @@ def run(
 
     Example: pneumoscope run chest_xray -o runs/first --models tl --set train.epochs=3
     """
-    spec = _spec(preset, config, settings, models)
+    spec = _allowing(_spec(preset, config, settings, models), allow)
     from pneumoscope import pipeline
 
     with _stopping() as stop:
-        pipeline.run(spec, data, output, resume=resume, narration=_voice(as_json), stop=stop)
+        pipeline.run(
+            spec,
+            data,
+            output,
+            folds=folds or 0,
+            seeds=seeds or 1,
+            resume=resume,
+            narration=_voice(as_json),
+            stop=stop,
+        )
 
 
 @app.command()
@@ -151,9 +182,27 @@ def inspect(
 ) -> None:
     """Look at the images without training: counts, sample grids, class distributions."""
     spec = _spec(preset, None, settings, None)
-    from pneumoscope import pipeline
+    from pneumoscope import survey
 
-    pipeline.inspect(data, output, spec=spec, narration=_voice(as_json))
+    survey.inspect(data, output, spec=spec, narration=_voice(as_json))
+
+
+@app.command()
+def audit(
+    data: Data,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where audit.json and a picture of near-duplicates go.")
+    ] = None,
+    preset: Preset = "default",
+    settings: Settings = None,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what makes figures wrong: leaks, double labels, duplicates, odd images; exit status 1 for an error."""
+    spec = _allowing(_spec(preset, None, settings, None), allow)
+    from pneumoscope import survey
+
+    survey.audit_images(data, output, spec=spec, narration=_voice(as_json)).require_passed()
 
 
 @app.command()
@@ -320,6 +369,11 @@ def _spec(preset: str, config: Path | None, settings: list[str] | None, models: 
             )
         spec = spec.with_overrides([f"models={json.dumps(names)}"])
     return spec.with_overrides(settings or [])
+
+
+def _allowing(spec: Spec, findings: list[str] | None) -> Spec:
+    wanted = dict.fromkeys([*spec.audit.allow, *(findings or [])])  # each once, in order
+    return spec.with_overrides([f"audit.allow={json.dumps(list(wanted))}"])
 
 
 def _voice(as_json: bool) -> Narration:

@@ -28,6 +28,7 @@ from pneumoscope import (
     ledger,
     metrics,
     models,
+    repeats,
     scorecard,
     shift,
     shortcut,
@@ -35,11 +36,14 @@ from pneumoscope import (
     training,
 )
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, WeightsError
+from pneumoscope.conformal import Share
+from pneumoscope.errors import DataError, PneumoscopeError, RunError, StoppedEarly, WeightsError
+from pneumoscope.familiarity import Familiarity
 from pneumoscope.ledger import Ledger, Look
 from pneumoscope.metrics import Evaluation
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.predictions import Predictions
+from pneumoscope.repeats import HELD_OUT
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import SCORED, Choice, Scorecard
 from pneumoscope.specs import Spec
@@ -53,7 +57,6 @@ TITLES: Mapping[str, str] = {
 WHOLE_LOSS_TOLERANCE = 0.005
 """Between the loss of the trained tail on stored float16 features and that of the whole saved model, in nats."""
 
-
 SHIFT_IMAGES = 1000
 """At most so many images of a label and split are compared with those of another; more would cost, not tell, more."""
 
@@ -63,6 +66,8 @@ def run(
     data: Path,
     folder: Path,
     *,
+    folds: int = 0,
+    seeds: int = 1,
     resume: bool = False,
     narration: Narration | None = None,
     stop: Callable[[], bool] | None = None,
@@ -77,6 +82,12 @@ def run(
         Images, as `Catalog.scan` takes them.
     folder : Path
         The run directory to make.
+    folds : int
+        Where 2 or more, so many further runs in ``folds/1``, ``folds/2`` ... each hold out another part of the training
+        groups; what they say together is in ``repeats.json``, their scores in ``tables/M_out_of_fold_yscores.csv``.
+    seeds : int
+        Where 2 or more, further runs with the next seeds in ``seeds/N``, so that there are so many in all; what they
+        say together is in ``repeats.json``.
     resume : bool
         Go on with an earlier, unfinished run in `folder`; starts fresh where there is none.
     narration : Narration, optional
@@ -94,6 +105,49 @@ def run(
         Any of its kinds: what is wrong with the data, the Spec, the weights or the disk.
     """
     voice = narration or Narration("silent")
+    if folds:  # a number that cannot be is said before anything is done
+        spec.with_overrides([f"split.folds={folds}"])
+    target = _run_once(spec, data, folder, resume=resume, voice=voice, stop=stop)
+    said: dict[str, Any] = {}
+    if folds:
+        parts = [
+            _run_once(
+                spec.with_overrides([f"split.folds={folds}", f"split.fold={fold}"]),
+                data,
+                target.repeat_folder("folds", fold),
+                resume=resume,
+                voice=voice,
+                stop=stop,
+            )
+            for fold in range(1, folds + 1)
+        ]
+        said["folds"] = repeats.cross_validated(parts, spec=spec.evaluation, seed=spec.seed)
+        repeats.write_out_of_fold(target, repeats.out_of_fold(parts))
+    if seeds > 1:
+        others = [
+            _run_once(
+                spec.with_overrides([f"seed={seed}"]),
+                data,
+                target.repeat_folder("seeds", seed),
+                resume=resume,
+                voice=voice,
+                stop=stop,
+            )
+            for seed in range(spec.seed + 1, spec.seed + seeds)
+        ]
+        said["seeds"] = repeats.over_seeds([target, *others])
+    if said:
+        _files.write_json(target.repeats_path, said)
+        for part in said.values():
+            for sentence in part["sentences"]:
+                voice.say(f"  {sentence}")
+    return target
+
+
+def _run_once(
+    spec: Spec, data: Path, folder: Path, *, resume: bool, voice: Narration, stop: Callable[[], bool] | None
+) -> Run:
+    """Do the job once, in one folder."""
     target = Run.create(folder, resume=resume)
     if target.spec_path.exists():
         _check_same(target, spec)  # before anything is written: a refusal leaves the earlier run as it was
@@ -151,32 +205,48 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     spec = target.read_spec()
     _backend.prepare(threads=spec.train.threads)
     manifest = target.read_manifest()
-    own = Path(manifest["data"])
     if data is None:
-        catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
-        store = survey.pack(catalog, spec, voice)
-        measured = appearance.look(catalog.quarantine(store.rejected), store).measures
-        job = _Job(spec, target, catalog, store, measured, voice, manifest["note"], None)
+        catalog, store = _own_images(target, spec, voice)
+        measured = appearance.look(catalog, store).measures
+        job = _Job(spec, target, catalog, store, (catalog, store), measured, voice, manifest["note"], None)
         job.write_metrics(*job.evaluate())
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
     catalog = replace(catalog, table=catalog.table.assign(split="test"))
     other = Run(target.folder / "evaluations" / data.resolve().stem)
-    job = _Job(spec, other, catalog, store, None, voice, survey.note_of(spec, data, catalog=catalog), None)
+    try:
+        reference = _own_images(target, spec, voice)
+    except PneumoscopeError:  # a model may be judged where its training images are not
+        reference = None
+    note = survey.note_of(spec, data, catalog=catalog)
+    job = _Job(spec, other, catalog, store, reference, None, voice, note, None)
     of_run = _files.read_json(target.metrics_path)["models"]
     choices = {name: Choice.of_dict(of_run[name]["validation"]) for name in target.trained()}
     job.write_metrics(*job.evaluate(models_of=target, choices=choices))
     return other.metrics_path
 
 
+def _own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, ImageStore]:
+    """Return the images that a run was made with."""
+    own = Path(target.read_manifest()["data"])
+    catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
+    store = survey.pack(catalog, spec, voice)
+    return catalog.quarantine(store.rejected), store
+
+
 @dataclass(frozen=True)
 class _Job:
-    """Everything the stages share; `measured` are the files' measures that the shortcut baseline learns from."""
+    """Everything the stages share.
+
+    `reference` holds the training images, None where they are gone; `measured` are the files' measures that the
+    shortcut baseline learns from, None where there is nothing to learn from.
+    """
 
     spec: Spec
     run: Run
     catalog: Catalog
     store: ImageStore
+    reference: tuple[Catalog, ImageStore] | None
     measured: pd.DataFrame | None
     voice: Narration
     note: str
@@ -256,7 +326,9 @@ class _Job:
     ) -> tuple[Scorecard, dict[str, Any]]:
         """Score every model once, measure everything, and note that the test images were looked at."""
         source = models_of or self.run
-        rows = {split: part for split in SCORED if len(part := self.catalog.rows(split))}
+        # a fold is judged by what it held out: its look at the test images would be one more
+        wanted = [split for split in SCORED if not (self.spec.split.folds and split == "test")]
+        rows = {split: part for split in wanted if len(part := self.catalog.rows(split))}
         models: dict[str, dict[str, Predictions]] = {}
         for name in source.trained():
             with self.voice.stage(f"Scoring {name}"):
@@ -276,7 +348,7 @@ class _Job:
             for name, parts in models.items():
                 for split, predictions in parts.items():
                     self.write_scores(name, predictions, card.models[name].evaluations[split])
-        further = {"shift": self._shift(rows)} | self._note_look(card, rows, source)
+        further = self._unlike(rows) | self._note_look(card, rows, source)
         return card, further
 
     def _say_cost(self, seconds: float) -> None:
@@ -296,23 +368,37 @@ class _Job:
         }
         return {name: {split: part.of_split(split) for split in rows} for name, part in found.items()}
 
-    def _shift(self, rows: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-        """Ask whether the test images of each label differ from the training images, by what a frozen backbone sees."""
-        train, seed = self.catalog.rows("train"), self.spec.seed
-        if not len(train) or "test" not in rows:
-            return {"reason": "There are no training images to compare the test images with."}
-        sampled, test = _sampled(train, seed=seed), _sampled(rows["test"], seed=seed)
-        stored = pd.concat([train, self.catalog.rows("validation")]) if self.spec.features.cache else sampled
+    def _unlike(self, rows: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+        """Ask whether test images differ from the training images, as sets and one by one, to a frozen backbone."""
+        if self.reference is None or "test" not in rows:
+            return {"shift": {"reason": "There are no training images, or no test images, to compare."}}
+        catalog, store = self.reference
+        train = _sampled(catalog.rows("train"), seed=self.spec.seed)
+        test = _sampled(rows["test"], seed=self.spec.seed)
+        held = next(part for split in reversed(HELD_OUT) if len(part := catalog.rows(split)))
+        known = pd.concat(map(catalog.rows, ("train", *HELD_OUT))) if self.spec.features.cache else None
         with self.voice.stage("Comparing test with training images"), self.voice.bar("features") as progress:
             try:
-                there = features.frozen(sampled, self.store, spec=self.spec, among=stored, progress=progress)
-                here = features.frozen(test, self.store, spec=self.spec, progress=progress)
-            except WeightsError as error:
-                return {"reason": str(error)}
-            found = shift.two_sample_by_label(
-                _as_sample("train", sampled, there), _as_sample("test", test, here), seed=seed
-            )
-        return {label: one.as_dict() for label, one in found.items()}
+                of_train, of_held = (
+                    features.frozen(part, store, spec=self.spec, among=known, progress=progress)
+                    for part in (train, _sampled(held, seed=self.spec.seed))
+                )
+                of_test = features.frozen(test, self.store, spec=self.spec, progress=progress)
+                found = shift.two_sample_by_label(
+                    _as_sample("train", train, of_train), _as_sample("test", test, of_test), seed=self.spec.seed
+                )
+            except (WeightsError, DataError) as error:  # no backbone here, or the same patients in both
+                return {"shift": {"reason": str(error)}}
+            usual = Familiarity.fit(of_train, held_out=of_held)
+        unlike = Share(int((~usual.assess(of_test)[1]).sum()), len(test))
+        sentence = (
+            f"{unlike.part:,} of {unlike.whole:,} test images are unlike the training images (of held-out images, "
+            f"{1 - usual.quantile:.0%} would be): what a model says of those cannot be assessed."
+        )
+        return {
+            "shift": {label: one.as_dict() for label, one in found.items()},
+            "not_assessable": {**unlike.as_dict(), "threshold": usual.threshold, "sentence": sentence},
+        }
 
     def _note_look(self, card: Scorecard, rows: Mapping[str, pd.DataFrame], source: Run) -> dict[str, Any]:
         """Write every scoring of the test images into the ledger, and return how often they were looked at."""
@@ -386,8 +472,9 @@ class _Job:
                 self.voice.say(f"  {sentence}")
         for found in further["shift"].values():
             self.voice.say(f"  {found['sentence'] if isinstance(found, Mapping) else found}")
-        if "test_set" in further:
-            self.voice.say(f"  {further['test_set']['sentence']}")
+        for key in ("not_assessable", "test_set"):
+            if key in further:
+                self.voice.say(f"  {further[key]['sentence']}")
         if card.chosen_on == "validation" and "validation" in card.splits:
             self.voice.say(
                 "  Thresholds and temperature come from the validation images, which also steered the training; "
@@ -451,7 +538,7 @@ def _prepare(spec: Spec, data: Path, target: Run, voice: Narration, stop: Callab
         },
     )
     voice.say(f"  Computing with {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads.")
-    return _Job(spec, target, catalog, store, audited.measures, voice, note, stop)
+    return _Job(spec, target, catalog, store, (catalog, store), audited.measures, voice, note, stop)
 
 
 def _check_same(target: Run, spec: Spec) -> None:

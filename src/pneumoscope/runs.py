@@ -116,6 +116,27 @@ class Run:
         return self.folder / "audit.json"
 
     @property
+    def repeats_path(self) -> Path:
+        """What further folds and seeds say together."""
+        return self.folder / "repeats.json"
+
+    def repeat_folder(self, kind: Literal["folds", "seeds"], number: int) -> Path:
+        """Return where the run of one fold or of one further seed lies.
+
+        Parameters
+        ----------
+        kind : {"folds", "seeds"}
+            What is repeated.
+        number : int
+            The fold, from 1, or the seed.
+
+        Returns
+        -------
+        Path
+        """
+        return self.folder / kind / str(number)
+
+    @property
     def log_path(self) -> Path:
         """Everything that was said, with times."""
         return self.folder / "run.log"

@@ -21,7 +21,7 @@ from pneumoscope import calibration, comparison, metrics, shift
 from pneumoscope.comparison import BETTER, Comparison
 from pneumoscope.conformal import Conformal, SetMeasure
 from pneumoscope.counts import Confusion
-from pneumoscope.errors import RunError
+from pneumoscope.errors import DataError, RunError
 from pneumoscope.intervals import LEVEL, Interval
 from pneumoscope.metrics import Evaluation
 from pneumoscope.predictions import Predictions
@@ -99,16 +99,17 @@ class Choice:
             Where the entry does not hold one, because an earlier version wrote it.
         """
         try:
-            fields = {name: content["conformal"][name] for name in Conformal.__dataclass_fields__}
+            rule = content["conformal"]["rule"]
+            conformal = Conformal(**{name: rule[name] for name in Conformal.__dataclass_fields__})
             points = {name: float(point["threshold"]) for name, point in content["operating_points"].items()}
             value = content["calibration"]["temperature"]
             reason = content["undefined"].get("calibration.temperature")
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RunError(
-                f"The run's metrics.json holds no {error.args[0]!r}: an earlier version wrote it; "
-                "score the run again with pneumoscope evaluate RUN."
+                f"The run's metrics.json does not say what was chosen for its models ({error}), as where an earlier "
+                "version wrote it; score the run again with pneumoscope evaluate RUN."
             ) from error
-        return cls(points, calibration.Temperature(value, reason), Conformal(**fields))
+        return cls(points, calibration.Temperature(value, reason), conformal)
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ class Model:
     moved: Moved | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return each split's figures, with its prediction sets under ``conformal``."""
+        """Return each split's figures; under ``conformal`` stand what its prediction sets did and their ``rule``."""
         reason = self.choice.temperature.reason
         found = {}
         for split, evaluation in self.evaluations.items():
             content = evaluation.as_dict()
             content["undefined"] |= {} if reason is None else {"calibration.temperature": reason}
-            content["conformal"] = {**self.choice.conformal.as_dict(), **self.sets[split].as_dict()}
+            content["conformal"] = {"rule": self.choice.conformal.as_dict(), **self.sets[split].as_dict()}
             found[split] = content
         return found
 
@@ -195,13 +196,25 @@ class Scorecard:
             best = max(auc for one in against if (auc := one.auc.second) is not None)
             names = " and ".join(self.shortcuts)
             said.append(
-                f"Every model is better than what can be had without looking at a lung ({names}: AUC {best:.3f})."
+                f"Every model is better than what can be had without looking at a lung ({names}: AUC up to {best:.3f})."
             )
         else:
-            said += [one.sentence for one in against if one.verdict != BETTER]
+            said += [_not_better(model, of) for model in self.models if (of := _unbeaten(model, against))]
         if split == "test":
             said += [f"{name}: {model.moved.sentence}" for name, model in self.models.items() if model.moved]
         return said
+
+
+def _unbeaten(model: str, against: Sequence[Comparison]) -> list[Comparison]:
+    return [one for one in against if one.first == model and one.verdict != BETTER]
+
+
+def _not_better(model: str, unbeaten: Sequence[Comparison]) -> str:
+    def said(auc: float | None) -> str:
+        return "undefined" if auc is None else f"{auc:.3f}"
+
+    baselines = " or ".join(f"{one.second} (AUC {said(one.auc.second)})" for one in unbeaten)
+    return f"{model} (AUC {said(unbeaten[0].auc.first)}) is not shown to be better than {baselines}: those see no lung."
 
 
 def measure(
@@ -211,6 +224,7 @@ def measure(
     rows: Mapping[str, pd.DataFrame],
     spec: EvaluationSpec,
     choices: Mapping[str, Choice] | None = None,
+    chosen_on: str | None = None,
     seed: int = 0,
     announce: Callable[[float], object] | None = None,
 ) -> Scorecard:
@@ -226,6 +240,8 @@ def measure(
         How to measure.
     choices : mapping of str to Choice, optional
         By name; made on the calibration part, or on validation where there is none, where not given.
+    chosen_on : str, optional
+        The split that `choices` were made on, where that is not one of these.
     seed : int
         Of the bootstrap.
     announce : callable, optional
@@ -238,37 +254,66 @@ def measure(
     Raises
     ------
     DataError
-        Where a split holds no image, or the models were not scored on the same images.
+        Where there is no model, a split holds no image, a model was not scored on the rows of each split in their
+        order, or there are neither choices nor images to make them on.
     """
-    chosen_on = "calibration" if "calibration" in rows else "validation"
+    chosen_on = chosen_on or ("calibration" if "calibration" in rows else "validation")
+    if not models:
+        raise DataError("There is no model to measure; score at least one on labelled images first.")
+    if choices is None and chosen_on not in rows:
+        raise DataError(f"There is no {chosen_on} image to choose thresholds on; hold some out, or give the choices.")
     scored = {**models, **shortcuts}
+    _check_rows(scored, rows)
     made = choices or {name: Choice.on(parts[chosen_on], spec=spec) for name, parts in scored.items()}
     groups = {split: part["group"].to_numpy(dtype=str) for split, part in rows.items()}
     if announce is not None and spec.bootstrap:
         announce(_cost(scored, made, groups, resamples=spec.bootstrap))
-    measured = {}
-    for name, parts in scored.items():
-        points, temperature = made[name].points, made[name].temperature.value
-        evaluations = {
-            split: metrics.evaluate(
-                part,
-                operating_points=points,
-                groups=groups[split],
-                subgroups=divisions(rows[split]),
-                bootstrap=spec.bootstrap,
-                seed=seed,
-                temperature=temperature,
-            )
-            for split, part in parts.items()
-        }
-        sets = {split: made[name].conformal.measure(part.labels, part.scores) for split, part in parts.items()}
-        measured[name] = Model(made[name], evaluations, sets, _moved(parts, points, chosen_on))
+    measured = {
+        name: _measured(parts, made[name], rows=rows, chosen_on=chosen_on, resamples=spec.bootstrap, seed=seed)
+        for name, parts in scored.items()
+    }
     return Scorecard(
         chosen_on,
         {name: measured[name] for name in models},
         {name: measured[name] for name in shortcuts},
         _compared(scored, made, groups, resamples=spec.bootstrap, seed=seed),
     )
+
+
+def _check_rows(scored: Scored, rows: Mapping[str, pd.DataFrame]) -> None:
+    for name, parts in scored.items():
+        for split in {**rows, **parts}:
+            both = split in rows and split in parts
+            if not both or parts[split].table["path"].tolist() != rows[split]["path"].tolist():
+                raise DataError(
+                    f"The {split} scores of {name} are not those of the catalog's {split} rows in their order; "
+                    "score it on these rows again."
+                )
+
+
+def _measured(
+    parts: Mapping[str, Predictions],
+    choice: Choice,
+    *,
+    rows: Mapping[str, pd.DataFrame],
+    chosen_on: str,
+    resamples: int,
+    seed: int,
+) -> Model:
+    evaluations = {
+        split: metrics.evaluate(
+            part,
+            operating_points=choice.points,
+            groups=rows[split]["group"].to_numpy(dtype=str),
+            subgroups=divisions(rows[split]),
+            bootstrap=resamples,
+            seed=seed,
+            temperature=choice.temperature.value,
+        )
+        for split, part in parts.items()
+    }
+    sets = {split: choice.conformal.measure(part.labels, part.scores) for split, part in parts.items()}
+    return Model(choice, evaluations, sets, _moved(parts, choice.points, chosen_on))
 
 
 def _moved(parts: Mapping[str, Predictions], points: Mapping[str, float], chosen_on: str) -> Moved | None:
@@ -332,15 +377,18 @@ def divisions(rows: pd.DataFrame) -> dict[str, npt.NDArray[np.str_]]:
     -------
     dict of str to (ndarray of str, shape (n,))
         ``subtype``: ``bacteria``, ``virus``, else ``NORMAL`` or ``PNEUMONIA``. ``series``: the beginning of the group's
-        name, for example ``IM`` or ``NORMAL2-IM``; ``unknown`` where the file name tells no patient. ``size``: the
-        shorter side of the original, in thirds of these images.
+        name, for example ``IM`` or ``NORMAL2-IM``; ``unknown`` where the file name or the manifest tells none.
+        ``size``: the shorter side of the original, in thirds of these images.
     """
+    if not len(rows):
+        return {}
     label = np.where(rows["label"] == 1, "PNEUMONIA", "NORMAL")
     subtype = rows["subtype"].to_numpy(dtype=str)
-    series = rows["group"].str.partition("/")[0].to_numpy(dtype=str)
+    named = rows["group"].str.partition("/")  # a group from a manifest may be a bare number: that is no series
+    series = named[0].where((named[1] == "/") & (named[0] != "file"), "unknown")
     found = {
         "subtype": np.where(subtype == "", label, subtype),
-        "series": np.where(series == "file", "unknown", series),
+        "series": series.to_numpy(dtype=str),
         "size": _thirds(rows[["width_px", "height_px"]].min(axis=1).to_numpy()),
     }
     return {name: values for name, values in found.items() if len(np.unique(values)) > 1}

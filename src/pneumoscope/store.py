@@ -85,7 +85,7 @@ class ImageStore:
         StoreError
             Where there is too little space, the cache cannot be written, or a file changed since it was listed.
         """
-        usable = catalog.rows().drop_duplicates("image_id").sort_values("image_id", kind="stable")
+        usable = catalog.rows()[["image_id", "path"]].drop_duplicates("image_id").sort_values("image_id", kind="stable")
         ids, paths = usable["image_id"].tolist(), usable["path"].tolist()
         content = {"image_ids": ids, "size_px": size_px, "decoder": images.DECODER_VERSION}
         key = _files.hash_of(content)[:16]
@@ -262,7 +262,7 @@ def open_array(path: Path) -> npt.NDArray[Any]:
     Returns
     -------
     ndarray
-        Read only.
+        Of the shape and dtype that it was written with; read only.
 
     Raises
     ------

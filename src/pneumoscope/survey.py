@@ -115,12 +115,11 @@ def examine(
     """
     with voice.stage("Auditing the images"), voice.bar("audit") as progress:
         found = audit.audit(catalog, store, allow=spec.audit.allow, progress=progress)
-    rows = [[finding.severity, finding.name, f"{finding.count:,}", finding.sentence] for finding in found.findings]
-    voice.table("Audit", ["", "finding", "count", "what it means"], rows)
+    _say_findings(found, voice)
     if target is not None:
         _files.write_json(target.audit_path, found.as_dict())
         if len(found.pairs):
-            figures.save(_pair_grid(found.pairs, catalog, store, note=note), target.figure_path("near_duplicates"))
+            figures.save(_pair_grid(found, catalog, store, note=note), target.figure_path("near_duplicates"))
     return found
 
 
@@ -260,6 +259,16 @@ def draw_data(catalog: Catalog, store: ImageStore, target: Run, *, note: str, se
             figures.save(grid, target.figure_path(f"{name}_samples_{label.lower()}"))
 
 
+def _say_findings(found: Audit, voice: Narration) -> None:
+    if not found.findings:
+        voice.say("  The audit found nothing to report.")
+        return
+    rows = [[finding.name, finding.severity, f"{finding.count:,}"] for finding in found.findings]
+    voice.table("Audit", ["finding", "severity", "count"], rows)
+    for finding in found.findings:  # under the table: sentences are too long for a column
+        voice.say(f"  {finding.name}: {finding.sentence}")
+
+
 def _say_quarantined(catalog: Catalog, voice: Narration) -> None:
     bad = catalog.quarantined()
     if not len(bad):
@@ -275,14 +284,15 @@ def _sample_grid(rows: pd.DataFrame, store: ImageStore, *, title: str, note: str
     return figures.sample_grid(pixels, captions=captions, title=title, note=note)
 
 
-def _pair_grid(pairs: pd.DataFrame, catalog: Catalog, store: ImageStore, *, note: str) -> Figure:
-    """Draw the near-duplicates that are most alike, side by side."""
-    chosen = pairs.head(figures.MAX_PAIRS)
+def _pair_grid(found: Audit, catalog: Catalog, store: ImageStore, *, note: str) -> Figure:
+    """Draw the first of the near-duplicates side by side."""
+    chosen = found.pairs.head(figures.MAX_PAIRS)
+    (count,) = (finding.count for finding in found.findings if finding.name == "near-duplicate")
     rows = catalog.rows().drop_duplicates("path").set_index("path")
     sides = [store.images[store.rows_of(rows.loc[chosen[side]])] for side in ("first", "second")]
     return figures.pairs(
         list(zip(*sides, strict=True)),
         captions=[(Path(one).name, Path(two).name) for one, two in zip(chosen["first"], chosen["second"], strict=True)],
-        title=f"Near-duplicates to look at ({len(chosen)} of {len(pairs)} pairs)",
+        title=f"Near-duplicates to look at ({len(chosen)} of {count:,} pairs)",
         note=note,
     )

@@ -272,7 +272,7 @@ def _arrange(
     stored = extract_features([model], store, catalog, spec=spec, progress=progress)[cut]
     _, tail = models.split_at(model, cut)
     clean, *augmented = stored.views
-    clean_rows, learned_rows = _distinct(store, learn, check), _distinct(store, learn)
+    clean_rows, learned_rows = _distinct(store, *_known(catalog)), _distinct(store, learn)
     return (
         tail,
         tail,
@@ -288,6 +288,11 @@ def _arrange(
     )
 
 
+def _known(catalog: Catalog) -> list[pd.DataFrame]:
+    """Return all images that are not test images: computed together, they serve every fold and seed."""
+    return [catalog.rows(split) for split in ("train", "validation", "calibration")]
+
+
 def _distinct(store: ImageStore, *tables: pd.DataFrame) -> npt.NDArray[np.intp]:
     """Return the rows of the store that some tables' images stand in, each once, sorted."""
     return np.unique(np.concatenate([store.rows_of(table) for table in tables]))
@@ -301,7 +306,7 @@ def extract_features(
     spec: Spec,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, features.FeatureStore]:
-    """Run the frozen part of several models over the training and validation images in one pass.
+    """Run the frozen part of several models over all images that are not test images, in one pass.
 
     `train` does this by itself for one model; called before, with all of them, it spares the others the pass.
 
@@ -322,13 +327,12 @@ def extract_features(
     -------
     dict of str to FeatureStore
         By the name of the layer where each model is cut; rows are the distinct images, sorted by their row in `store`:
-        of training and validation in the clean view, of training in the augmented ones.
+        of training, validation and calibration in the clean view, of training in the augmented ones.
     """
     cuts = {cut: model for model in built if (cut := models.cut(model)) is not None}
     if not cuts or not spec.features.cache:
         return {}
-    learn, check = catalog.rows("train"), catalog.rows("validation")
-    rows, learned = _distinct(store, learn, check), _distinct(store, learn)
+    rows, learned = _distinct(store, *_known(catalog)), _distinct(store, catalog.rows("train"))
     return features.extract(built[0], list(cuts), store=store, rows=rows, learned=learned, spec=spec, progress=progress)
 
 
