@@ -292,9 +292,14 @@ def test_groups_without_a_usable_image_make_no_calibration_part() -> None:
     validation = [(0, "", 2), (0, "", 2), (1, "virus", 2), (1, "virus", 2)]
     catalog = made({"train": in_each_stratum([2, 2]), "validation": validation, "test": in_each_stratum([1])})
     catalog.table.loc[catalog.table["group"] == "validation/0/1", "status"] = "truncated"
-    divided = catalog.split(HALF, seed=1)
+    divided = catalog.split(SplitSpec(calibration=0.8), seed=1)  # the one NORMAL group left would be taken
     assert splits_of(divided) == splits_of(catalog)
     assert divided.notes[-1] == NO_CALIBRATION
+
+
+def test_another_seed_takes_other_groups_for_calibration(own_validation: Catalog) -> None:
+    parts = {frozenset(paths_of(own_validation.split(HALF, seed=seed), "calibration")) for seed in range(5)}
+    assert len(parts) == 5
 
 
 # --- folds -----------------------------------------------------------------------------------------------------------
@@ -342,10 +347,10 @@ def test_another_seed_makes_other_folds_of_the_same_images(many: Catalog) -> Non
     )
 
 
-def test_the_largest_groups_do_not_meet_in_one_fold() -> None:
-    catalog = made({"train": in_each_stratum([9, 9, 9, 1, 1, 1, 1, 1, 1]), "test": in_each_stratum([1])})
-    for part in folds_of(catalog, 3, seed=5):
-        assert images_in(part, "validation") == dict.fromkeys(STRATA, 11)
+def test_a_large_group_is_balanced_by_the_small_ones() -> None:
+    catalog = made({"train": in_each_stratum([1, 1, 1, 1, 1, 1, 6]), "test": in_each_stratum([1])})
+    for part in folds_of(catalog, 2, seed=5):
+        assert images_in(part, "validation") == dict.fromkeys(STRATA, 6)
 
 
 def test_every_fold_holds_both_labels_where_each_has_as_many_groups_as_there_are_folds() -> None:
@@ -378,12 +383,15 @@ def test_folds_are_made_by_group_in_a_split_by_image_too(many: Catalog) -> None:
     assert splits_of(by_image) == splits_of(many.split(SplitSpec(folds=5, fold=3), seed=1))
 
 
-def test_too_few_groups_for_the_folds_are_refused() -> None:
+@pytest.mark.parametrize("folds", [4, 5])
+def test_too_few_groups_for_the_folds_are_refused(folds: int) -> None:
     train = [(0, "", 4)] * 3 + [(1, "virus", 1)] * 2 + [(1, "bacteria", 1)] * 4
     catalog = made({"train": train, "test": in_each_stratum([1])})
     with pytest.raises(DataError) as caught:
-        catalog.split(SplitSpec(folds=5), seed=0)
-    assert str(caught.value) == "5 folds need 5 groups of each label, found 3 of one; choose fewer with --folds."
+        catalog.split(SplitSpec(folds=folds), seed=0)
+    assert str(caught.value) == (
+        f"{folds} folds need {folds} groups of each label, found 3 of one; choose fewer with --folds."
+    )
     parts = folds_of(catalog, 3, seed=0)
     assert_each_is_held_out_once(parts, catalog.rows("train")["path"])
     assert [counted(part, "validation")["NORMAL"] for part in parts] == [4, 4, 4]

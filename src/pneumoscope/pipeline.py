@@ -207,7 +207,11 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     manifest = target.read_manifest()
     if data is None:
         catalog, store = _own_images(target, spec, voice)
-        measured = appearance.look(catalog, store).measures
+        try:
+            measured = appearance.look(catalog, store).measures
+        except PneumoscopeError as error:  # scores need the packed images only
+            voice.warn(f"There are no baselines beside the models: {error}")
+            measured = None
         job = _Job(spec, target, catalog, store, (catalog, store), measured, voice, manifest["note"], None)
         job.write_metrics(*job.evaluate())
         return target.metrics_path
@@ -220,9 +224,9 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
         reference = None
     note = survey.note_of(spec, data, catalog=catalog)
     job = _Job(spec, other, catalog, store, reference, None, voice, note, None)
-    of_run = _files.read_json(target.metrics_path)["models"]
-    choices = {name: Choice.of_dict(of_run[name]["validation"]) for name in target.trained()}
-    job.write_metrics(*job.evaluate(models_of=target, choices=choices))
+    of_run = _files.read_json(target.metrics_path)
+    choices = {name: Choice.of_dict(of_run["models"][name]["validation"]) for name in target.trained()}
+    job.write_metrics(*job.evaluate(models_of=target, choices=choices, chosen_on=of_run["chosen_on"]))
     return other.metrics_path
 
 
@@ -322,12 +326,17 @@ class _Job:
             )
 
     def evaluate(
-        self, *, models_of: Run | None = None, choices: Mapping[str, Choice] | None = None
+        self,
+        *,
+        models_of: Run | None = None,
+        choices: Mapping[str, Choice] | None = None,
+        chosen_on: str | None = None,
     ) -> tuple[Scorecard, dict[str, Any]]:
         """Score every model once, measure everything, and note that the test images were looked at."""
         source = models_of or self.run
         # a fold is judged by what it held out: its look at the test images would be one more
-        wanted = [split for split in SCORED if not (self.spec.split.folds and split == "test")]
+        held_back = self.spec.split.folds and models_of is None
+        wanted = [split for split in SCORED if not (held_back and split == "test")]
         rows = {split: part for split in wanted if len(part := self.catalog.rows(split))}
         models: dict[str, dict[str, Predictions]] = {}
         for name in source.trained():
@@ -342,6 +351,7 @@ class _Job:
                 rows=rows,
                 spec=self.spec.evaluation,
                 choices=choices,
+                chosen_on=chosen_on,
                 seed=self.spec.seed,
                 announce=self._say_cost,
             )
@@ -389,16 +399,17 @@ class _Job:
                 )
             except (WeightsError, DataError) as error:  # no backbone here, or the same patients in both
                 return {"shift": {"reason": str(error)}}
-            usual = Familiarity.fit(of_train, held_out=of_held)
+            labels = {"shift": {label: one.as_dict() for label, one in found.items()}}
+            try:
+                usual = Familiarity.fit(of_train, held_out=of_held)
+            except DataError as error:  # random weights may tell no image from another
+                return labels | {"not_assessable": {"sentence": str(error)}}
         unlike = Share(int((~usual.assess(of_test)[1]).sum()), len(test))
         sentence = (
             f"{unlike.part:,} of {unlike.whole:,} test images are unlike the training images (of held-out images, "
             f"{1 - usual.quantile:.0%} would be): what a model says of those cannot be assessed."
         )
-        return {
-            "shift": {label: one.as_dict() for label, one in found.items()},
-            "not_assessable": {**unlike.as_dict(), "threshold": usual.threshold, "sentence": sentence},
-        }
+        return labels | {"not_assessable": {**unlike.as_dict(), "threshold": usual.threshold, "sentence": sentence}}
 
     def _note_look(self, card: Scorecard, rows: Mapping[str, pd.DataFrame], source: Run) -> dict[str, Any]:
         """Write every scoring of the test images into the ledger, and return how often they were looked at."""
