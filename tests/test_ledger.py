@@ -54,6 +54,8 @@ def test_the_summary_counts_scorings_models_and_configurations(book: Ledger) -> 
         "each look that led to a choice makes the figures flatter."
     )
     assert book.summary("0" * 16)["first"] is None
+    book.append(replace(LOOK, test_set="1" * 16))
+    assert "scored 1 time on this machine, by 1 model of 1 configuration;" in book.summary("1" * 16)["sentence"]
 
 
 def test_damaged_lines_hide_no_other(book: Ledger) -> None:

@@ -551,7 +551,7 @@ def written(card: Scorecard) -> dict[str, Any]:
     return {
         "note": "SYNTHETIC DATA",
         **card.as_dict(),
-        "shift": {"NORMAL": {"auc": 0.5, "names": ["train", "test"]}, "PNEUMONIA": {"auc": None, "names": ["a", "b"]}},
+        "shift": {"NORMAL": {"auc": 0.5, "names": ["train", "test"]}, "PNEUMONIA": {"auc": None, "names": ("a", "b")}},
         "test_set": {"test_set": "0" * 16, "looks": 3, "first": None},
     }
 

@@ -124,9 +124,12 @@ class Ledger:
         """
         looks = self.looks(test_set)
         models, specs = ({getattr(look, name) for look in looks} for name in ("model_hash", "spec_hash"))
+        counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for n, noun in (
+            (len(looks), "time"), (len(models), "model"), (len(specs), "configuration")
+        )]  # fmt: skip
         sentence = (
-            f"These test images have been scored {len(looks):,} times on this machine, by {len(models):,} models of "
-            f"{len(specs):,} configurations; each look that led to a choice makes the figures flatter."
+            f"These test images have been scored {counts[0]} on this machine, by {counts[1]} of {counts[2]}; "
+            "each look that led to a choice makes the figures flatter."
         )
         return {
             "test_set": test_set,
