@@ -750,7 +750,9 @@ def test_files_are_read_in_blocks_and_every_row_keeps_its_own_cells(
         assert sha256((root / str(row.path)).read_bytes()).hexdigest().startswith(str(row.image_id))
 
 
-def test_a_scan_takes_little_more_memory_than_its_table(tmp_path: Path) -> None:
+def test_a_scan_takes_little_more_memory_than_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pneumoscope.catalog._BLOCK", 64)
+
     def peak(n: int) -> int:
         pixels = np.arange(n * 4, dtype=np.uint64).view(np.uint8).reshape(n, 8, 4)
         changes = {"train_images": pixels, "train_labels": np.arange(n, dtype=np.uint8) % 2}
@@ -764,7 +766,7 @@ def test_a_scan_takes_little_more_memory_than_its_table(tmp_path: Path) -> None:
 
     peak(1)  # what is made once
     # measured: 950 bytes an image, 300 of them the table; a Future and a dictionary for each image would take 2,300
-    assert (peak(2600) - peak(1100)) / 1500 < 1400
+    assert (peak(1000) - peak(200)) / 800 < 1400
 
 
 def test_marking_images_leaves_the_catalog_it_began_with_as_it_was(tmp_path: Path) -> None:

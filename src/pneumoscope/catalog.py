@@ -173,7 +173,7 @@ class Catalog:
             part are always made by group. Where the validation groups are too few to be divided there is no
             calibration part, and a note says so.
         seed : int
-            0 or more.
+            0 or more; of everything but the test split, which has its own.
 
         Returns
         -------
@@ -186,7 +186,7 @@ class Catalog:
         """
         table, notes = self.table.assign(split=self.table["split"]), list(self.notes)  # other columns stay shared
         if not (table["split"] == "test").any():
-            held = _hold_out(table, fraction=spec.test, seed=[seed, 1])
+            held = _hold_out(table, fraction=spec.test, seed=[spec.test_seed, 1])
             _assign(table, held, "test")
             notes.append(f"The data have no test split; {len(held):,} images were held out for test, by group.")
         if spec.folds:

@@ -58,6 +58,8 @@ class SplitSpec(_Part):
         temperature and conformal quantile come from them. 0 takes those from the validation images, which flatters.
     test : float
         Share held out for test where the data come without a test split, between 0 and 1.
+    test_seed : int
+        Of that share, so that the test images stay the same whatever the seed of the run.
     folds : int
         Where 2 or more, the training groups are divided in so many parts and one of them is held out (with
         ``validation`` ignored); 0 for a single division.
@@ -69,6 +71,7 @@ class SplitSpec(_Part):
     validation: Fraction = 0.2
     calibration: float = Field(default=0.0, ge=0, lt=1)
     test: Fraction = 0.15
+    test_seed: int = Field(default=42, ge=0, lt=2**31)
     folds: int = Field(default=0, ge=0, le=20)
     fold: int = Field(default=1, ge=1)
 
