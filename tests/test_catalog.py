@@ -757,16 +757,18 @@ def test_a_scan_takes_little_more_memory_than_its_table(tmp_path: Path, monkeypa
         pixels = np.arange(n * 4, dtype=np.uint64).view(np.uint8).reshape(n, 8, 4)
         changes = {"train_images": pixels, "train_labels": np.arange(n, dtype=np.uint8) % 2}
         path = medmnist(tmp_path / f"{n}.npz", **changes)
-        tracemalloc.start()
-        try:
-            assert set(Catalog.scan(path).table["status"]) == {"ok"}
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        peaks = []
+        for _ in range(2):  # now and then the interpreter enlarges a table of its own
+            tracemalloc.start()
+            try:
+                assert set(Catalog.scan(path).table["status"]) == {"ok"}
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+        return min(peaks)
 
-    peak(1)  # what is made once
-    # measured: 950 bytes an image, 300 of them the table; a Future and a dictionary for each image would take 2,300
-    assert (peak(1000) - peak(200)) / 800 < 1400
+    # measured: 570 bytes an image, 300 of them the table; a Future and a dictionary for each image take 2,200
+    assert (peak(800) - peak(200)) / 600 < 1000
 
 
 def test_marking_images_leaves_the_catalog_it_began_with_as_it_was(tmp_path: Path) -> None:
