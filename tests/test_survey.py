@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pneumoscope import _files, figures, phantom, survey
+from pneumoscope import _files, appearance, figures, phantom, survey
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, SpecError
 from pneumoscope.narration import Narration
@@ -151,6 +151,12 @@ def test_synthetic_images_are_known_in_whatever_they_come(
     assert survey.note_of(spec_of(), given, catalog=Catalog.scan(given)) == "SYNTHETIC DATA"
 
 
+def test_images_beside_the_notice_are_synthetic_whoever_saved_them_again(tmp_path: Path) -> None:
+    given = real_looking(tmp_path / "set")
+    (given / phantom.NOTICE_NAME).write_text("SYNTHETIC", encoding="utf-8")
+    assert survey.note_of(spec_of(), given, catalog=Catalog.scan(given)) == "SYNTHETIC DATA"
+
+
 def test_a_list_that_mixes_synthetic_images_in_is_called_synthetic(tiny_set: Path, tmp_path: Path) -> None:
     given = real_looking(tmp_path / "set")
     assert survey.note_of(spec_of(), given, catalog=Catalog.scan(given)) == ""
@@ -204,7 +210,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
 def test_the_distributions_and_grids_are_drawn_from_all_images(
     tiny_set: Path, tmp_path: Path, drawn: list[Drawn], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    survey.inspect(tiny_set, tmp_path / "look", spec=spec_of())
+    survey.inspect(tiny_set, tmp_path / "look", spec=spec_of("backbone.weights=none"))
     assert capsys.readouterr() == ("", "")  # nobody listens
     catalog = Catalog.scan(tiny_set)
     store = ImageStore.pack(catalog, size_px=32)
@@ -221,7 +227,7 @@ def test_the_distributions_and_grids_are_drawn_from_all_images(
             assert set(captions) <= found
             shown = store.images[store.rows_of(by_name.loc[captions])]
             np.testing.assert_array_equal(np.stack(grid.content), shown)
-    assert {one.options["note"] for one in drawn} == {"SYNTHETIC DATA"}
+    assert {one.options["note"] for one in drawn} == {"SYNTHETIC DATA"}  # nothing here was computed with weights
 
 
 def test_inspect_lists_and_draws_the_images_and_trains_nothing(
@@ -291,13 +297,17 @@ def test_near_duplicates_are_drawn_side_by_side(tmp_path: Path, drawn: list[Draw
         assert min(saved.size) > 300
 
 
-def test_no_more_pairs_are_drawn_than_a_picture_holds_and_all_are_counted(tmp_path: Path, drawn: list[Drawn]) -> None:
+def test_no_more_pairs_are_drawn_than_a_picture_holds_and_all_are_counted(
+    tmp_path: Path, drawn: list[Drawn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appearance, "MAX_PAIRS", 30)  # listed; more are only counted
     given = real_looking(tmp_path / "set")
     chest = Image.fromarray(phantom.draw(0, seed=5, width_px=96, height_px=80))
     for at in range(10):  # each resembles each other
         chest.save(given / "train" / "NORMAL" / f"IM-{300 + at:04d}-0001.jpeg", quality=50 + 5 * at)
     found = survey.audit_images(given, tmp_path / "found", spec=spec_of())
     pairs = 10 * 9 // 2
+    assert len(found.pairs) == 30
     assert {finding.name: finding.count for finding in found.findings}["near-duplicate"] == pairs
     (picture,) = drawn
     assert len(picture.content) == figures.MAX_PAIRS < pairs

@@ -355,11 +355,11 @@ class _Job:
                 seed=self.spec.seed,
                 announce=self._say_cost,
             )
+            looked = self._note_look(card, rows, source)  # before anything that could fail: the images were seen
             for name, parts in models.items():
                 for split, predictions in parts.items():
                     self.write_scores(name, predictions, card.models[name].evaluations[split])
-        further = self._unlike(rows) | self._note_look(card, rows, source)
-        return card, further
+        return card, self._unlike(rows) | looked
 
     def _say_cost(self, seconds: float) -> None:
         self.voice.say(
