@@ -138,9 +138,11 @@ def run(
         said["seeds"] = repeats.over_seeds([target, *others])
     if said:
         _files.write_json(target.repeats_path, said)
+        voice.log_to(target.log_path)
         for part in said.values():
             for sentence in part["sentences"]:
                 voice.say(f"  {sentence}")
+        voice.close()
     return target
 
 
@@ -404,10 +406,11 @@ class _Job:
                 usual = Familiarity.fit(of_train, held_out=of_held)
             except DataError as error:  # random weights may tell no image from another
                 return labels | {"not_assessable": {"sentence": str(error)}}
+        expected = max(1 - usual.quantile, 1 / (usual.n_held_out + 1))  # few images cannot show a small share
         unlike = Share(int((~usual.assess(of_test)[1]).sum()), len(test))
         sentence = (
             f"{unlike.part:,} of {unlike.whole:,} test images are unlike the training images (of held-out images, "
-            f"{1 - usual.quantile:.0%} would be): what a model says of those cannot be assessed."
+            f"{expected:.0%} would be): what a model says of those cannot be assessed."
         )
         return labels | {"not_assessable": {**unlike.as_dict(), "threshold": usual.threshold, "sentence": sentence}}
 
