@@ -48,21 +48,25 @@ def load(folder: Path, *, augment: bool, size: int = SIZE) -> tuple[Any, Any]:
     return train.prefetch(tf.data.AUTOTUNE), validation.prefetch(tf.data.AUTOTUNE)
 
 
-def cnn(size: int = SIZE) -> Any:
+def cnn(size: int = SIZE, *, rate: float = 3e-5, momentum: float = 0.99) -> Any:
     layers = keras.layers
+
+    def normalised() -> Any:
+        return layers.BatchNormalization(momentum=momentum)
+
     model = keras.Sequential(
         [
             keras.Input((size, size, 3)),
-            *(layers.Conv2D(16, 3), layers.BatchNormalization(), layers.ReLU(), layers.MaxPooling2D()),
+            *(layers.Conv2D(16, 3), normalised(), layers.ReLU(), layers.MaxPooling2D()),
             layers.Dropout(0.2),
-            *(layers.Conv2D(32, 3), layers.BatchNormalization(), layers.ReLU(), layers.MaxPooling2D()),
+            *(layers.Conv2D(32, 3), normalised(), layers.ReLU(), layers.MaxPooling2D()),
             layers.Dropout(0.2),
             *(layers.Conv2D(64, 3), layers.Conv2D(64, 3)),
-            *(layers.BatchNormalization(), layers.ReLU(), layers.MaxPooling2D(), layers.Dropout(0.4)),
+            *(normalised(), layers.ReLU(), layers.MaxPooling2D(), layers.Dropout(0.4)),
             *(layers.Flatten(), layers.Dense(64, "relu"), layers.Dropout(0.5), layers.Dense(1, "sigmoid")),
         ]
     )
-    return compiled(model, rate=3e-5)
+    return compiled(model, rate=rate)
 
 
 def with_head(base: Any, *, trainable: int, rate: float) -> Any:

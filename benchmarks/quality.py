@@ -58,7 +58,7 @@ class Quality:
         train, validation = plain.load(self.data / "train", augment=True)
         keras.utils.set_random_seed(spec.seed)
         if approach == "cnn":
-            model = plain.cnn()
+            model = plain.cnn(rate=spec.cnn.learning_rate, momentum=spec.cnn.momentum)
         else:
             network = plain.from_rgb(models.build(approach, spec))
             model = plain.compiled(network, rate=getattr(spec, approach).learning_rate)
@@ -93,13 +93,14 @@ def main() -> None:
     arguments.add_argument("--views", nargs="+", type=int, default=[0, 1, 2, 4])
     arguments.add_argument("--set", action="append", default=[], help="each beside the preset, one at a time")
     arguments.add_argument("--epochs", type=int)
+    arguments.add_argument("--recipe", choices=("tutorial", "default"), default="tutorial", help="the cnn's, for plain")
     given = arguments.parse_args()
     os.environ.setdefault("PNEUMOSCOPE_CACHE", str(Path("benchmarks/out/cache").absolute()))
     quality = Quality(given.data.resolve())
     epochs = given.epochs or (3 if given.what == "plain" else 20)
     for seed in given.seeds:
         for approach in given.models:
-            preset = "tutorial" if given.what == "plain" and approach == "cnn" else "default"
+            preset = given.recipe if given.what == "plain" and approach == "cnn" else "default"
             spec = Spec.preset_named(preset).with_overrides(
                 [f"seed={seed}", f"train.epochs={epochs}", "split.calibration=0"]
             )
