@@ -24,6 +24,9 @@ APPROACHES: tuple[str, ...] = ("cnn", "tl", "ft")
 LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
 """Label names; the index is the class: 0 and 1."""
 
+_OPEN: tuple[str, ...] = ("data.classes", "cluster.extra")
+"""Tables whose keys are the user's own."""
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
@@ -145,6 +148,8 @@ class TrainSpec(_Part):
         Images in a step.
     threads : int
         CPU threads of the backend; 0 takes all cores. Another number can change results in the last digits.
+    devices : int
+        Accelerators that train one model together, each on a part of every batch; more than 1 needs the JAX backend.
     precision : {"float32", "bfloat16"}
         Of the arithmetic in convolutions and dense layers; weights are float32 in either case.
     class_weights : bool
@@ -164,6 +169,7 @@ class TrainSpec(_Part):
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=32, ge=1)
     threads: int = Field(default=0, ge=0)
+    devices: int = Field(default=1, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     class_weights: bool = False
     patience: int = Field(default=5, ge=1)
@@ -267,6 +273,56 @@ class FtSpec(_Part):
     trainable_layers: int = Field(default=13, ge=1)
 
 
+class ClusterSpec(_Part):
+    """What batch jobs ask Slurm for; no figure depends on it, so a run may go on with other values.
+
+    Attributes
+    ----------
+    partition, account : str
+        As ``sbatch`` takes them; empty for the cluster's own choice.
+    time_min : int
+        Limit of each job, minutes.
+    cpus : int
+        Cores of each job.
+    mem_gb : float
+        Memory of each job, GB; 0 for the cluster's own choice.
+    gpus : int
+        GPUs of each job that runs a network.
+    nodes : int
+        Nodes that one model trains on, data-parallel; 1 unless ``train.devices`` reaches over more.
+    shards : int
+        Jobs that share the frozen layers' pass, each on a part of the images.
+    signal : str
+        Sent before the time limit and at preemption, without ``SIG``; a job keeps its state then. Some communication
+        libraries use USR1 themselves.
+    signal_delay_s : int
+        How long before the limit, seconds.
+    requeue : bool
+        Whether a job that was warned goes back into the queue by itself; else it ends with status 75.
+    requeues : int
+        How often a job may run into its time limit before it is given up.
+    setup : tuple of str
+        Lines of shell before the job's command, such as ``module load`` or ``source .venv/bin/activate``.
+    extra : dict of str to str or int
+        Further ``sbatch`` parameters, without the dashes, such as ``qos``.
+    """
+
+    partition: str = ""
+    account: str = ""
+    time_min: int = Field(default=240, ge=1)
+    cpus: int = Field(default=2, ge=1)
+    mem_gb: float = Field(default=8.0, ge=0)
+    gpus: int = Field(default=0, ge=0)
+    nodes: int = Field(default=1, ge=1)
+    shards: int = Field(default=1, ge=1, le=1000)
+    signal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9+]*$")] = "USR2"
+    signal_delay_s: int = Field(default=90, ge=1)
+    requeue: bool = True
+    requeues: int = Field(default=20, ge=0)
+    setup: tuple[str, ...] = ()
+    extra: dict[str, str | int] = Field(default_factory=dict)
+
+
 class Spec(_Part):
     """The whole description of a run.
 
@@ -278,7 +334,7 @@ class Spec(_Part):
         Of the split, the initial weights, the order of images, augmentation and dropout.
     models : tuple of {"cnn", "tl", "ft"}
         The approaches to train, in this order, each once.
-    data, split, image, augment, backbone, train, features, audit, evaluation, cnn, tl, ft
+    data, split, image, augment, backbone, train, features, audit, evaluation, cnn, tl, ft, cluster
         The parts; see their classes.
     """
 
@@ -297,6 +353,7 @@ class Spec(_Part):
     cnn: CnnSpec = CnnSpec()
     tl: TlSpec = TlSpec()
     ft: FtSpec = FtSpec()
+    cluster: ClusterSpec = ClusterSpec()
 
     @field_validator("models")
     @classmethod
@@ -369,8 +426,8 @@ class Spec(_Part):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything in the Spec, 64 hexadecimal digits."""
-        return _files.hash_of(self.model_dump(mode="json"))
+        """SHA-256 of everything in the Spec that a figure can depend on, 64 hexadecimal digits."""
+        return _files.hash_of(self.model_dump(mode="json", exclude={"cluster"}))
 
     def _merged(self, changes: Mapping[str, Any], *, source: str) -> Self:
         content = self.model_dump(mode="json")
@@ -394,14 +451,15 @@ class Spec(_Part):
 def valid_keys() -> list[str]:
     """Return every key that ``--set`` takes, sorted, for example ``"train.epochs"``."""
     keys = _flatten(Spec().model_dump(mode="json"))
-    return [*sorted(key for key in keys if key not in ("preset", "data.classes")), "data.classes.FOLDER"]
+    fixed = sorted(key for key in keys if key != "preset" and key not in _OPEN)
+    return [*fixed, "data.classes.FOLDER", "cluster.extra.NAME"]
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
         full = f"{prefix}{key}"
-        if isinstance(value, Mapping) and full != "data.classes":
+        if isinstance(value, Mapping) and full not in _OPEN:
             flat |= _flatten(value, f"{full}.")
         else:
             flat[full] = value
@@ -409,14 +467,16 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _assign(content: dict[str, Any], key: str, value: Any, *, source: str) -> None:
-    if key.startswith("data.classes."):
-        content["data"]["classes"] = content["data"]["classes"] | {key.removeprefix("data.classes."): value}
-        return
+    for table in _OPEN:
+        if key.startswith(f"{table}."):
+            part, name = table.split(".")
+            content[part][name] = content[part][name] | {key.removeprefix(f"{table}."): value}
+            return
     *parents, last = key.split(".")
     target: Any = content
     for parent in parents:
         target = target.get(parent) if isinstance(target, dict) else None
-    if not isinstance(target, dict) or last not in target or (isinstance(target[last], dict) and key != "data.classes"):
+    if not isinstance(target, dict) or last not in target or (isinstance(target[last], dict) and key not in _OPEN):
         keys = valid_keys()
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
