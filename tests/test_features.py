@@ -395,3 +395,47 @@ def test_an_extraction_killed_by_the_system_is_resumed(packed: Packed, tmp_path:
     assert not list((tmp_path / "killed").glob("features-*"))
     assert run("killed", -1) == (0, list(range(288, 641, 32)))
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "alone")
+
+
+# --- In parts, by several processes -----------------------------------------------------------------------------------
+
+
+def test_what_is_computed_in_parts_is_the_same_bit_for_bit(extract: Extraction) -> None:
+    arguments: dict[str, Any] = {"rows": ROWS[:150], "learned": ROWS[:80], "spec": VIEWS}
+    alone = extract.stored(*CUTS, **arguments)
+    for parts in (2, 3, 30):  # 5 and 3 batches: some of the 30 parts are empty
+        assert extract.stored(*CUTS, parts=parts, **arguments) == alone
+
+
+def test_parts_that_other_processes_stored_are_put_together_and_not_computed_again(
+    extract: Extraction, own_cache: Path
+) -> None:
+    arguments: dict[str, Any] = {"rows": ROWS[:150], "learned": ROWS[:80], "spec": VIEWS}
+    for index in range(3):
+        assert extract(part=(index, 3), **arguments) == {}
+    for folder in own_cache.iterdir():  # what stands there is taken, whatever it is
+        stored = np.lib.format.open_memmap(folder / "features.npy", mode="r+")
+        stored[:] = 7
+        stored.flush()
+    views = extract(parts=3, **arguments)["pool"].views
+    assert [view.shape for view in views] == [(150, 3), (80, 3), (80, 3)]
+    assert all((view == 7).all() for view in views)
+    assert len(content_of(own_cache)) == 3, "the parts are gone once they are put together"
+
+
+def test_a_part_that_is_missing_is_computed(extract: Extraction) -> None:
+    whole = extract(rows=ROWS[:150])["pool"].views[0].copy()
+    cache = Path(os.environ["PNEUMOSCOPE_CACHE"]) / "other"
+    for index in (0, 2):
+        extract(rows=ROWS[:150], part=(index, 3), cache=cache)
+    done: list[tuple[int, int]] = []
+    found = extract(rows=ROWS[:150], parts=3, cache=cache, progress=lambda *counts: done.append(counts))
+    assert np.array_equal(found["pool"].views[0], whole)
+    assert done[-1] == (150, 150)
+    assert done == sorted(done)
+
+
+def test_a_part_of_a_store_that_is_whole_is_not_computed(extract: Extraction, own_cache: Path) -> None:
+    extract(rows=ROWS[:150])
+    extract(rows=ROWS[:150], part=(1, 3))
+    assert len(content_of(own_cache)) == 1

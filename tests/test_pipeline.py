@@ -96,6 +96,11 @@ def files_under(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
+def made_under(folder: Path) -> set[str]:
+    """All files but those of locks, which stay where they are for ever."""
+    return {name for name in files_under(folder) if not name.startswith("locks/")}
+
+
 def spec_of(*settings: str, preset: str = "smoke") -> Spec:
     return Spec.preset_named(preset).with_overrides(settings)
 
@@ -130,8 +135,9 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(smoke: Finished) -> None
     figures = {f"figures/{name}" for name in DATA_FIGURES | MODEL_FIGURES}
     if read_json(smoke.folder / "audit.json")["pairs"]:
         figures.add("figures/near_duplicates.png")
-    assert files_under(smoke.folder) == top | models | tables | figures
-    assert {path.name for path in smoke.folder.iterdir() if path.is_dir()} == {"models", "tables", "figures"}
+    stages = {f"stages/{name}.json" for name in ("images", "features", *(f"train-{m}" for m in MODELS), "evaluate")}
+    assert made_under(smoke.folder) == top | models | tables | figures | stages
+    assert not (smoke.folder / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -515,7 +521,8 @@ def test_a_planted_fault_is_refused_before_any_training(
     )
     manifest = read_json(folder / "manifest.json")
     assert (manifest["status"], manifest["error"]) == ("failed", str(refusal.value))
-    assert files_under(folder) - {"figures/near_duplicates.png"} == {"manifest.json", "audit.json", "run.log"}
+    made = {"manifest.json", "audit.json", "run.log", "stages/images.json"}
+    assert made_under(folder) - {"figures/near_duplicates.png"} == made
 
 
 # --- stopped, failed, taken up again ---------------------------------------------------------------------------------
@@ -691,7 +698,9 @@ def test_other_images_are_measured_with_the_choices_of_the_run(
     before = run.metrics_path.read_bytes()
     path = pipeline.evaluate_run(run, data=data / "test")  # the very images that the run was tested on
     content = read_json(path)
-    assert path == run.folder / "evaluations" / "test" / "metrics.json"
+    assert path.name == "metrics.json"
+    assert path.parent.parent == run.folder / "evaluations"
+    assert re.fullmatch("test-[0-9a-f]{8}", path.parent.name)
     assert run.metrics_path.read_bytes() == before
     assert content["chosen_on"] == "calibration"
     assert list(content["models"]["cnn"]) == ["test"]

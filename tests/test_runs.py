@@ -21,6 +21,7 @@ def begun(folder: Path, *, status: str = "running") -> Run:
     run = Run.create(folder)
     run.update_manifest(status=status)
     _files.write_text(run.spec_path, SPEC.to_toml())
+    _files.write_text(run.catalog_path, "")
     return run
 
 
@@ -171,7 +172,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one_whole(tmp_path: Pa
     with pytest.raises(TypeError):
         run.update_manifest(status="finished", bad=object())
     assert run.manifest_path.read_bytes() == before
-    assert names_in(run.folder) == ["manifest.json", "spec.toml"]  # and no half-written file beside it
+    assert names_in(run.folder) == ["catalog.csv", "manifest.json", "spec.toml"]  # and no half-written file beside it
 
 
 def test_a_reader_never_sees_half_a_manifest(tmp_path: Path) -> None:
@@ -194,6 +195,53 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
         _ = Run.open(run.folder).status
 
 
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_keeps_a_record_of_its_own(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    assert run.read_stages() == {}
+    run.update_stage("train-tl", status="running", host="node7", epoch=3, val_loss=float("nan"))
+    run.update_stage("train-cnn", status="finished", seconds=12.5, error=None)
+    run.update_stage("train-tl", epoch=4, val_loss=0.25)
+    assert run.read_stages() == {
+        "train-cnn": {"status": "finished", "seconds": 12.5, "error": None},
+        "train-tl": {"status": "running", "host": "node7", "epoch": 4, "val_loss": 0.25},
+    }
+    assert list(run.read_stages()) == ["train-cnn", "train-tl"]
+    assert run.stage_path("train-cnn") == run.folder / "stages" / "train-cnn.json"
+    assert json.loads(run.stage_path("train-cnn").read_text())["schema_version"] == 1
+    assert run.jobs_folder == run.folder / "jobs"
+
+
+def test_a_stages_record_that_cannot_be_written_leaves_the_old_one_whole(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.update_stage("train-tl", status="running")
+    with pytest.raises(TypeError):
+        run.update_stage("train-tl", status="finished", error=object())
+    assert run.read_stages() == {"train-tl": {"status": "running"}}
+    assert names_in(run.folder / "stages") == ["train-tl.json"]
+
+
+def test_a_damaged_record_of_a_stage_is_told(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.stage_path("train-tl").parent.mkdir()
+    run.stage_path("train-tl").write_text("{")
+    for call in (run.read_stages, lambda: run.update_stage("train-tl", status="running")):
+        with pytest.raises(
+            StoreError, match=r"stages/train-tl\.json cannot be read as JSON \(.*\); delete it and make"
+        ):
+            call()
+
+
+def test_a_folder_that_was_only_locked_is_still_a_new_run(tmp_path: Path) -> None:
+    with Run.create(tmp_path).lock():
+        assert Run.create(tmp_path).status == "new"
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"is not empty and holds no run \(found 'thesis\.tex'\)"):
+        Run.create(tmp_path)
+
+
 # --- models and checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -214,5 +262,5 @@ def test_checkpoints_are_discarded_and_nothing_else(tmp_path: Path) -> None:
     for path in (run.checkpoint_path("cnn"), run.checkpoint_path("cnn").with_suffix(".previous.npz")):
         _files.write_bytes(path, b"state")
     run.discard_checkpoints()
-    assert names_in(run.folder) == ["manifest.json", "models", "spec.toml"]
+    assert names_in(run.folder) == ["catalog.csv", "manifest.json", "models", "spec.toml"]
     assert run.model_path("cnn").read_bytes() == b"weights"

@@ -241,6 +241,16 @@ def test_the_hash_follows_the_content() -> None:
             "split.folds=21",
             "--set: split.folds = 21 is not valid: input should be less than or equal to 20; change it.",
         ),
+        (
+            "split.fold=2",
+            "--set: split is not valid: fold 2 is named, but split.folds is 0, so that there is only one division; "
+            "change it.",
+        ),
+        (
+            "audit.allow=two-label",
+            "--set: audit.allow.0 = 'two-label' is not valid: input should be 'content-across-validation', "
+            "'group-across-validation' or 'two-labels'; change it.",
+        ),
         ("split.fold=0", "--set: split.fold = 0 is not valid: input should be greater than or equal to 1; change it."),
         (
             "evaluation.bootstrap=-1",
@@ -272,7 +282,7 @@ def test_a_wrong_override_is_told(assignment: str, message: str) -> None:
 def test_a_fold_beyond_the_last_is_told() -> None:
     folds = Spec().with_overrides(["split.folds=5", "split.fold=5"]).split
     assert (folds.folds, folds.fold) == (5, 5)
-    with pytest.raises(SpecError, match=r"^--set: split = .* fold 6 of 5 does not exist; change it\.$"):
+    with pytest.raises(SpecError, match=r"^--set: split is not valid: fold 6 of 5 does not exist; change it\.$"):
         Spec().with_overrides(["split.folds=5", "split.fold=6"])
 
 

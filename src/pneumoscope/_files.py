@@ -198,6 +198,15 @@ def require_space(folder: Path, needed_bytes: int, *, what: str) -> None:
         )
 
 
+def free_memory() -> int:
+    """Return how much memory processes can still take without swapping, bytes; 8 GiB where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 * 2**30
+
+
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder."""
     if not path.is_dir():

@@ -10,25 +10,37 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from pneumoscope import _files
+from pneumoscope import _files, _stopping
 from pneumoscope.errors import PneumoscopeError, UsageError
-from pneumoscope.specs import APPROACHES, Spec
+from pneumoscope.specs import APPROACHES, TITLES, Spec
 
 if TYPE_CHECKING:
     from pneumoscope.narration import Narration
 
 _MADE_AGAIN = re.compile(r"\.?((images|features)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
+
+
+class Executor(StrEnum):
+    """Where the stages of a run are done."""
+
+    INLINE = "inline"
+    LOCAL = "local"
+    SLURM = "slurm"
+
+
+class JobsAction(StrEnum):
+    """What can be done to batch jobs."""
+
+    CANCEL = "cancel"
+
 
 app = typer.Typer(
     name="pneumoscope",
@@ -119,9 +131,8 @@ def demo(
     data = phantom.write_dataset(_files.cache_dir() / "demo-images")
     if Run(output).read_manifest().get("data") == str(data):
         shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier demo is removed
-    voice = _voice(as_json)
-    with _stopping() as stop:
-        pipeline.run(spec, data, output, narration=voice, stop=stop)
+    with _stopping.on_signals() as stop:
+        pipeline.run(spec, data, output, narration=_voice(as_json), stop=stop)
 
 
 @app.command()
@@ -150,26 +161,113 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run; starts fresh where there is nothing.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="GPUs that train one model together (JAX backend).")
+    ] = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="Where the stages run: inline, one after the other; local, the approaches at the same time in "
+            "processes of their own; slurm, as batch jobs."
+        ),
+    ] = Executor.INLINE,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="With slurm: here, in the allocation that salloc or srun has given.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="With slurm: follow the jobs until the last has ended.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With slurm: print the scripts that sbatch would be given.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option(help="With slurm: the partition (cluster.partition).")] = None,
+    account: Annotated[str | None, typer.Option(help="With slurm: the account (cluster.account).")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="With slurm: limit of each job; minutes, H:MM:SS or D-HH:MM:SS.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="With slurm: GPUs of each job that runs a network.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="With slurm: cores of each job.")] = None,
+    mem: Annotated[float | None, typer.Option(min=0, help="With slurm: memory of each job, GB.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train every approach on DATA, measure it on validation and test, and leave figures, tables and models.
 
     Example: pneumoscope run chest_xray -o runs/first --models tl --set train.epochs=3
     """
-    spec = _allowing(_spec(preset, config, settings, models), allow)
-    from pneumoscope import pipeline
+    asked = {
+        "train.devices": devices,
+        "cluster.partition": partition,
+        "cluster.account": account,
+        "cluster.time_min": None if time is None else minutes_of(time),
+        "cluster.gpus": gpus,
+        "cluster.cpus": cpus,
+        "cluster.mem_gb": mem,
+    }
+    further = [f"{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
+    spec = _allowing(_spec(preset, config, [*(settings or []), *further], models), allow)
+    if executor is not Executor.SLURM and (interactive or wait or dry_run):
+        raise UsageError("--interactive, --wait and --dry-run belong to batch jobs; add --executor slurm.")
+    from pneumoscope import batch, jobs, pipeline
 
-    with _stopping() as stop:
-        pipeline.run(
-            spec,
-            data,
-            output,
-            folds=folds or 0,
-            seeds=seeds or 1,
-            resume=resume,
-            narration=_voice(as_json),
-            stop=stop,
+    repeated = {"folds": folds or 0, "seeds": seeds or 1}
+    if dry_run:
+        for name, script in batch.scripts(spec, data, output, **repeated).items():
+            typer.echo(f"# ----- {name}\n{script}")
+        return
+    voice = _voice(as_json)
+    if executor is Executor.SLURM and not interactive:
+        batch.submit(spec, data, output, **repeated, resume=resume, narration=voice)
+        if wait:
+            batch.follow(output, narration=voice)
+        return
+    if interactive and jobs.inside() is None:
+        raise UsageError(
+            "This process is in no Slurm job; get an allocation with salloc or srun --pty, or leave --interactive away."
         )
+    where: Literal["inline", "local"] = "local" if executor is Executor.LOCAL else "inline"
+    with _stopping.on_signals(spec.cluster.signal) as stop:
+        pipeline.run(spec, data, output, **repeated, executor=where, resume=resume, narration=voice, stop=stop)
+
+
+@app.command(hidden=True)
+def stage(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that has been begun.")],
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="images, features, train-M, evaluate or repeats.")],
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Of features: part I, from 0, of N.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads where the settings leave them open.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Do one stage of a run: what the jobs of --executor local and slurm call."""
+    from pneumoscope import pipeline
+    from pneumoscope.runs import Run
+
+    part = None
+    if shard is not None:
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", shard)) or int(found[1]) >= int(found[2]):
+            raise UsageError(f"--shard {shard!r} names no part; write it as I/N with I from 0 to N-1.")
+        part = (int(found[1]), int(found[2]))
+    voice = _voice(as_json)
+    with _stopping.on_signals(Run.open(folder).read_spec().cluster.signal) as stop:
+        pipeline.perform(folder, name, shard=part, threads=threads, narration=voice, stop=stop)
+
+
+@app.command()
+def jobs(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory that the jobs work on.")],
+    action: Annotated[JobsAction | None, typer.Argument(help="cancel takes back what has not ended.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow them until the last has ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a run's batch jobs: state, epoch, validation loss and log; --wait follows them, cancel takes them back."""
+    from pneumoscope import batch
+    from pneumoscope.runs import Run
+
+    Run.open(folder)
+    voice = _voice(as_json)
+    if action is JobsAction.CANCEL:
+        batch.cancel(folder, narration=voice)
+    elif wait:
+        batch.follow(folder, narration=voice)
+    else:
+        batch.show_jobs(folder, narration=voice)
 
 
 @app.command()
@@ -250,7 +348,6 @@ def models(
 
     _backend.prepare(threads=spec.train.threads)
     from pneumoscope import models as networks
-    from pneumoscope.pipeline import TITLES
 
     voice = _voice(as_json)
     if model is not None:
@@ -376,29 +473,34 @@ def _allowing(spec: Spec, findings: list[str] | None) -> Spec:
     return spec.with_overrides([f"audit.allow={json.dumps(list(wanted))}"])
 
 
+def minutes_of(time: str) -> int:
+    """Return a time limit in minutes, rounded up.
+
+    Parameters
+    ----------
+    time : str
+        Minutes, ``H:MM:SS``, ``D-HH`` or ``D-HH:MM:SS``, as Slurm takes them.
+
+    Raises
+    ------
+    UsageError
+        For anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise UsageError(f"--time {time!r} is not a time; write minutes, H:MM:SS or D-HH:MM:SS, for example 4:00:00.")
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[3] is None:
+        return first
+    if found[1] is None and found[4] is None:  # M:SS
+        return first + (second > 0)
+    return days * 1440 + first * 60 + second + (third > 0)
+
+
 def _voice(as_json: bool) -> Narration:
     from pneumoscope.narration import Narration
 
     return Narration("json" if as_json else None)
-
-
-@contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and the first Ctrl-C into a wish to stop after this step; a second Ctrl-C interrupts at once."""
-    wished = False
-
-    def wish(number: int, _: FrameType | None) -> None:
-        nonlocal wished
-        if wished and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        wished = True
-
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: wished
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

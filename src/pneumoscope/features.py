@@ -59,6 +59,8 @@ def extract(
     learned: npt.NDArray[np.intp],
     spec: Spec,
     cache: Path | None = None,
+    part: tuple[int, int] | None = None,
+    parts: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, FeatureStore]:
     """Compute the outputs at some layers for many images in one pass, or open what is already there.
@@ -79,6 +81,11 @@ def extract(
         ``features``, ``augment``, ``backbone`` and ``seed``.
     cache : Path, optional
         Folder for stores; the user's cache where not given.
+    part : tuple of int, optional
+        Compute only one part of each view and return nothing: which, from 0, of how many.
+    parts : int
+        Where 2 or more, take so many parts from where other processes have stored them, compute those that are missing,
+        and put them together.
     progress : callable, optional
         Called with (done, total) images, counting every view.
 
@@ -98,8 +105,8 @@ def extract(
         {name: root / f"features-{_key(name, view, store=store, rows=rows_of[view], spec=spec)}" for name in cuts}
         for view in range(len(rows_of))
     ]
-    missing = [{name: folder for name, folder in part.items() if not _finished(folder)} for part in targets]
-    size = sum(np.prod(_shape(model, name, len(rows_of[view]))) for view, part in enumerate(missing) for name in part)
+    missing = [{name: folder for name, folder in one.items() if not _finished(folder)} for one in targets]
+    size = sum(np.prod(_shape(model, name, len(rows_of[view]))) for view, one in enumerate(missing) for name in one)
     if size:
         _files.require_space(root, int(size) * np.dtype(spec.features.dtype).itemsize, what="Storing the features")
     total, before = sum(map(len, rows_of)), 0
@@ -109,10 +116,17 @@ def extract(
             if progress is not None:
                 progress(before + done, total)
 
-        if missing[view]:
-            _compute(model, missing[view], view, store=store, rows=chosen, spec=spec, report=report)
+        work = _View(model, view, store, chosen, spec)
+        if missing[view] and part is not None:
+            work.compute(work.folders_of(part, missing[view]), part, report=report)
+        elif missing[view] and parts > 1:
+            work.put_together(missing[view], parts, report=report)
+        elif missing[view]:
+            work.compute(missing[view], report=report)
         before += len(chosen)
-    return {name: FeatureStore(tuple(open_array(part[name] / "features.npy") for part in targets)) for name in cuts}
+    if part is not None:
+        return {}
+    return {name: FeatureStore(tuple(open_array(one[name] / "features.npy") for one in targets)) for name in cuts}
 
 
 def frozen(
@@ -168,7 +182,15 @@ def _shape(model: models.Model, cut: str, n: int) -> tuple[int, ...]:
     return (n, *model.get_layer(cut).output.shape[1:])
 
 
-def _key(cut: str, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec) -> str:
+def _key(
+    cut: str,
+    view: int,
+    *,
+    store: ImageStore,
+    rows: npt.NDArray[np.intp],
+    spec: Spec,
+    part: tuple[int, int] | None = None,
+) -> str:
     change = {"augment": spec.augment.model_dump(), "seed": spec.seed, "view": view} if view else {}
     content = {
         "images": store.key,
@@ -182,40 +204,92 @@ def _key(cut: str, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], 
         "keras": keras.__version__,
         "backend": keras.config.backend(),
         **change,
+        **({} if part is None else {"part": list(part)}),
     }
     return _files.hash_of(content)[:16]
 
 
-def _compute(
-    model: models.Model,
-    targets: Mapping[str, Path],
-    view: int,
-    *,
-    store: ImageStore,
-    rows: npt.NDArray[np.intp],
-    spec: Spec,
-    report: Callable[[int], None],
-) -> None:
-    """Run one view of the images through the network up to every cut, and store what comes out."""
-    prefix = keras.Model(model.input, [model.get_layer(name).output for name in targets])
-    dtype = np.dtype(spec.features.dtype)
-    partial = [_Partial(folder, _shape(model, name, len(rows)), dtype) for name, folder in targets.items()]
-    network, fetch = _reader(prefix, view, store=store, rows=rows, spec=spec)
-    start = min(part.done for part in partial)
+@dataclass(frozen=True)
+class _View:
+    """One view of the images on its way through the network; view 0 is of the clean images."""
 
-    def rest(positions: slice) -> Any:
-        return fetch(slice(positions.start + start, positions.stop + start))
+    model: models.Model
+    view: int
+    store: ImageStore
+    rows: npt.NDArray[np.intp]
+    spec: Spec
 
-    batches = models.in_batches(network, rest, len(rows) - start, batch_size=_BATCH)
-    for step, (positions, outputs) in enumerate(batches, start=1):
-        done = positions.stop + start
-        for part, output in zip(partial, outputs, strict=True):
-            part.array[positions.start + start : done] = _narrowed(output, dtype)
-            if step % _STEPS_BETWEEN_MARKS == 0:
-                part.mark(done)
-        report(done)
-    for part in partial:
-        part.finish()
+    def span(self, part: tuple[int, int] | None) -> slice:
+        """Return which rows a part holds: whole batches, so that every image is computed in the same company."""
+        if part is None:
+            return slice(0, len(self.rows))
+        batches, (index, parts) = -(-len(self.rows) // _BATCH), part
+        start, stop = (min(_BATCH * (batches * one // parts), len(self.rows)) for one in (index, index + 1))
+        return slice(start, stop)
+
+    def folders_of(self, part: tuple[int, int], targets: Mapping[str, Path]) -> dict[str, Path]:
+        """Return where a part of some stores is kept until they are put together."""
+        keys = {
+            name: _key(name, self.view, store=self.store, rows=self.rows, spec=self.spec, part=part) for name in targets
+        }
+        return {name: folder.with_name(f"features-{keys[name]}") for name, folder in targets.items()}
+
+    def compute(
+        self, targets: Mapping[str, Path], part: tuple[int, int] | None = None, *, report: Callable[[int], None]
+    ) -> None:
+        """Run the images, or a part of them, through the network up to every cut, and store what comes out."""
+        span, waiting = self.span(part), {name: folder for name, folder in targets.items() if not _finished(folder)}
+        n = span.stop - span.start
+        if not n or not waiting:
+            return
+        prefix = keras.Model(self.model.input, [self.model.get_layer(name).output for name in waiting])
+        dtype = np.dtype(self.spec.features.dtype)
+        partial = [_Partial(folder, _shape(self.model, name, n), dtype) for name, folder in waiting.items()]
+        network, fetch = self._reader(prefix)
+        start = min(one.done for one in partial)
+
+        def rest(positions: slice) -> Any:
+            return fetch(slice(positions.start + start + span.start, positions.stop + start + span.start))
+
+        batches = models.in_batches(network, rest, n - start, batch_size=_BATCH)
+        for step, (positions, outputs) in enumerate(batches, start=1):
+            done = positions.stop + start
+            for one, output in zip(partial, outputs, strict=True):
+                one.array[positions.start + start : done] = _narrowed(output, dtype)
+                if step % _STEPS_BETWEEN_MARKS == 0:
+                    one.mark(done)
+            report(span.start + done)
+        for one in partial:
+            one.finish()
+
+    def put_together(self, targets: Mapping[str, Path], parts: int, *, report: Callable[[int], None]) -> None:
+        """Make stores of their parts: those that are there are copied, the others computed first."""
+        shapes = {name: _shape(self.model, name, len(self.rows)) for name in targets}
+        whole = {name: _Partial(folder, shapes[name], self.spec.features.dtype) for name, folder in targets.items()}
+        copied = []
+        for index in range(parts):
+            span, folders = self.span((index, parts)), self.folders_of((index, parts), targets)
+            if span.start == span.stop:
+                continue
+            self.compute(folders, (index, parts), report=report)
+            for name, folder in folders.items():
+                whole[name].array[span] = open_array(folder / "features.npy")
+                copied.append(folder)
+            report(span.stop)
+        for one in whole.values():
+            one.finish()
+        for folder in copied:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _reader(self, prefix: models.Model) -> tuple[models.Model, Callable[[slice], Any]]:
+        """Return the network and how to fetch its inputs."""
+        if self.view == 0:
+            return prefix, lambda positions: self.store.images[self.rows[positions], ..., None]
+        drawn = models.transforms(self.spec.augment, len(self.rows), seed=(self.spec.seed, models.VIEWS, self.view))
+        return models.augmented(prefix), lambda positions: [
+            self.store.images[self.rows[positions], ..., None],
+            drawn[positions],
+        ]
 
 
 def _narrowed(output: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -228,16 +302,6 @@ def _narrowed(output: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any
             f"{float(np.abs(output.astype(np.float32)).max()):g}); set features.dtype=float32 and check the weights."
         )
     return stored
-
-
-def _reader(
-    prefix: models.Model, view: int, *, store: ImageStore, rows: npt.NDArray[np.intp], spec: Spec
-) -> tuple[models.Model, Callable[[slice], Any]]:
-    """Return the network for one view and how to fetch its inputs; view 0 is of the clean images."""
-    if view == 0:
-        return prefix, lambda positions: store.images[rows[positions], ..., None]
-    drawn = models.transforms(spec.augment, len(rows), seed=(spec.seed, models.VIEWS, view))
-    return models.augmented(prefix), lambda positions: [store.images[rows[positions], ..., None], drawn[positions]]
 
 
 class _Partial:

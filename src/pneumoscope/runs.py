@@ -1,15 +1,17 @@
 """The Run: a directory that holds everything one run made. This class knows all its file names, and nobody else does.
 
-Owns paths, the manifest and the status. Knows nothing of how any file's content comes about.
+Owns paths, the manifest, the status, the stages' records and the locks. Knows nothing of how any file's content comes
+about.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pneumoscope import _files
+from pneumoscope import _files, _locks
 from pneumoscope.errors import RunError
 from pneumoscope.specs import Spec
 
@@ -51,10 +53,10 @@ class Run:
         run = cls(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = sorted(entry.name for entry in folder.iterdir())
+            content = sorted(entry.name for entry in folder.iterdir() if entry.name != "locks")  # taken before the rest
             probe = folder / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may try the same folder
         except OSError as error:
             raise RunError(
                 f"Cannot write the run to {folder}: {error.strerror or error}; "
@@ -64,7 +66,7 @@ class Run:
             raise RunError(
                 f"{folder} is not empty and holds no run (found {content[0]!r}); choose a new folder with -o."
             )
-        if run.spec_path.exists() and not resume:  # one that ended before it had read its images lost nothing
+        if run.catalog_path.exists() and not resume:  # one that ended before it had read its images lost nothing
             raise RunError(
                 f"{folder} already holds a run ({run.status}); go on with --resume, or choose a new folder with -o."
             )
@@ -137,6 +139,15 @@ class Run:
         return self.folder / kind / str(number)
 
     @property
+    def jobs_folder(self) -> Path:
+        """What batch jobs leave: their scripts, outputs and records."""
+        return self.folder / "jobs"
+
+    def stage_path(self, name: str) -> Path:
+        """Return where a stage's record lies; only the holder of the lock of that name writes it."""
+        return self.folder / "stages" / f"{name}.json"
+
+    @property
     def log_path(self) -> Path:
         """Everything that was said, with times."""
         return self.folder / "run.log"
@@ -200,9 +211,68 @@ class Run:
 
     def update_manifest(self, **changes: Any) -> None:
         """Write the manifest with some keys changed."""
-        content = self.read_manifest() | changes
-        content.pop("schema_version", None)
-        _files.write_json(self.manifest_path, content)
+        _files.write_json(self.manifest_path, _without_version(self.read_manifest()) | changes)
+
+    def read_stages(self) -> dict[str, dict[str, Any]]:
+        """Return the records of all stages that have one, by name, in alphabetical order.
+
+        Returns
+        -------
+        dict of str to dict
+            As `update_stage` wrote them.
+
+        Raises
+        ------
+        StoreError
+            Where a record is damaged.
+        """
+        paths = sorted(self.stage_path("any").parent.glob("*.json"))
+        return {path.stem: _without_version(_files.read_json(path)) for path in paths}
+
+    def update_stage(self, name: str, **changes: Any) -> None:
+        """Write a stage's record with some keys changed.
+
+        Parameters
+        ----------
+        name : str
+            Of the stage, fit for a file's name.
+        **changes
+            Plain values; numbers that are none, and infinite ones, become ``None``.
+
+        Raises
+        ------
+        StoreError
+            Where the record is damaged.
+        PneumoscopeError
+            Where it cannot be written; the old one stays whole.
+        """
+        path = self.stage_path(name)
+        content = _without_version(_files.read_json(path)) if path.exists() else {}
+        _files.write_json(path, content | changes)
+
+    def lock(self, name: str = "run") -> AbstractContextManager[_locks.Lease]:
+        """Keep other processes from the same work, on this machine and on others, for as long as a block lasts.
+
+        Different names do not hinder each other. A killed process holds nothing; only where it was on another machine
+        does the next one wait half a minute to see that.
+
+        Parameters
+        ----------
+        name : str
+            ``run`` or a stage, fit for a file's name.
+
+        Returns
+        -------
+        context manager of Lease
+            Its ``lost`` tells that another process has taken over, after this one was suspended.
+
+        Raises
+        ------
+        RunError
+            On entering, where another process holds it or the folder cannot be written.
+        """
+        what = f"The run in {self.folder}" if name == "run" else f"The stage {name} of the run in {self.folder}"
+        return _locks.hold(self.folder / "locks", name, what=what)
 
     @property
     def status(self) -> str:
@@ -220,3 +290,8 @@ class Run:
             for path in folder.iterdir():
                 path.unlink()
             folder.rmdir()
+
+
+def _without_version(content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the version, which writing puts first."""
+    return {key: value for key, value in content.items() if key != "schema_version"}

@@ -21,6 +21,11 @@ from pneumoscope.errors import SpecError
 APPROACHES: tuple[str, ...] = ("cnn", "tl", "ft")
 """The three ways to a model: from scratch, transfer learning, fine-tuning."""
 
+TITLES: Mapping[str, str] = MappingProxyType(
+    {"cnn": "CNN from scratch", "tl": "Transfer learning", "ft": "Fine-tuning"}
+)
+"""The approaches' names for people."""
+
 LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
 """Label names; the index is the class: 0 and 1."""
 
@@ -80,6 +85,8 @@ class SplitSpec(_Part):
 
     @model_validator(mode="after")
     def _fold_within(self) -> Self:
+        if self.fold > 1 and not self.folds:
+            raise ValueError(f"fold {self.fold} is named, but split.folds is 0, so that there is only one division")
         if self.folds == 1:
             raise ValueError("1 fold divides nothing; 2 or more are needed, or 0 for a single division")
         if self.folds and self.fold > self.folds:
@@ -203,11 +210,11 @@ class AuditSpec(_Part):
 
     Attributes
     ----------
-    allow : tuple of str
+    allow : tuple of {"content-across-validation", "group-across-validation", "two-labels"}
         Names of findings.
     """
 
-    allow: tuple[str, ...] = ()
+    allow: tuple[Literal["content-across-validation", "group-across-validation", "two-labels"], ...] = ()
 
 
 class EvaluationSpec(_Part):
@@ -397,13 +404,15 @@ class Spec(_Part):
         base = cls.preset_named(str(content.get("preset", "default")))
         return base._merged(_flatten(content), source=str(path))
 
-    def with_overrides(self, assignments: Iterable[str]) -> Self:
+    def with_overrides(self, assignments: Iterable[str], *, source: str = "--set") -> Self:
         """Return a Spec with ``KEY=VALUE`` assignments applied, as ``--set`` takes them.
 
         Parameters
         ----------
         assignments : iterable of str
             For example ``"train.epochs=3"``; values are TOML, and words without quotes are taken as text.
+        source : str
+            Where they come from, for the message.
 
         Raises
         ------
@@ -418,7 +427,7 @@ class Spec(_Part):
             if key.strip() == "preset":
                 raise SpecError(f"--set cannot change the preset; write --preset {text.strip()} instead.")
             changes[key.strip()] = _parse_value(text.strip())
-        return self._merged(changes, source="--set")
+        return self._merged(changes, source=source)
 
     def to_toml(self) -> str:
         """Return the Spec as TOML text that `from_toml` reads back to an equal Spec."""
@@ -442,9 +451,10 @@ class Spec(_Part):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            found = key if isinstance(first["input"], dict) else f"{key} = {first['input']!r}"  # not a whole table
             raise SpecError(
-                f"{source}: {key} = {first['input']!r} is not valid: "
-                f"{first['msg'][:1].lower()}{first['msg'][1:]}; change it."
+                f"{source}: {found} is not valid: {message[:1].lower()}{message[1:]}; change it."
             ) from error
 
 

@@ -1,15 +1,13 @@
 """Training: one loop for every approach, whose whole state can be written down and taken up again exactly.
 
-Owns the order of images, the schedule (early stopping, learning rate) and the checkpoint. The order of images and every
-random change of them are pure functions of (seed, epoch), so a resumed run sees what an uninterrupted one sees. Knows
-nothing of run directories, figures or test data.
+Owns the order of images, the schedule (early stopping, learning rate) and what makes up its state. The order of images
+and every random change of them are pure functions of (seed, epoch), so a resumed run sees what an uninterrupted one
+sees. Knows nothing of run directories, figures or test data.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _backend, _files, features, metrics, models
+from pneumoscope import _backend, features, metrics, models
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
+from pneumoscope.checkpoints import Arrays, Checkpoint
 from pneumoscope.errors import RunError, StoppedEarly
 from pneumoscope.specs import AugmentSpec, Spec, TrainSpec
 from pneumoscope.store import ImageStore
@@ -36,8 +35,6 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "seconds",
 )
-
-_DIGEST_BYTES = 64  # a checkpoint ends with its SHA-256: an archive's own checksums leave its directory open
 
 Labels = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp] | slice
@@ -56,11 +53,15 @@ class History:
         The epoch whose weights the model holds, the one with the lowest ``val_loss``.
     stopped_early : bool
         Whether early stopping ended it before the last epoch.
+    diverged : bool
+        Whether a loss that is no number ended it; the epoch in which that came is no row of `epochs`, unless only its
+        validation loss was none.
     """
 
     epochs: pd.DataFrame
     best_epoch: int
     stopped_early: bool
+    diverged: bool = False
 
 
 @dataclass
@@ -132,6 +133,7 @@ class _State:
     right_sum: float = 0.0
     seconds: float = 0.0
     rows: list[list[float]] = field(default_factory=list)
+    diverged: bool = False
 
 
 class _Source(Protocol):
@@ -205,6 +207,7 @@ def train(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> History:
     """Train one approach; the model ends with the weights of its best epoch.
 
@@ -229,6 +232,8 @@ def train(
         Called with (done, total) steps of the epoch, or passes while features are computed.
     stop : callable, optional
         Asked before each step; where it returns True the state is kept and `StoppedEarly` raised.
+    say : callable, optional
+        Called with a sentence where a checkpoint is damaged.
 
     Returns
     -------
@@ -239,9 +244,11 @@ def train(
     StoppedEarly
         Where `stop` asked for it.
     RunError
-        Where the loss is not finite before any epoch was good, or the checkpoint belongs to another run.
+        Where the loss is not finite before any epoch was good, or the checkpoint belongs to another run, cannot be
+        read or cannot be written.
     """
     network, scorer, learn, check = _arrange(model, store, catalog, spec=spec, progress=progress)
+    _backend.split(network)
     network.compile(
         optimizer=keras.optimizers.Adam(getattr(spec, model.name).learning_rate),
         loss=keras.losses.BinaryCrossentropy(),
@@ -250,8 +257,13 @@ def train(
     )
     network.optimizer.build(network.trainable_variables)
     loop = _Loop(network, scorer, learn, check, spec=spec, rate=getattr(spec, model.name).learning_rate)
-    keeper = _Keeper(checkpoint, signature=f"{model.name} {spec.hash} {catalog.content_hash}")
-    keeper.restore(loop)
+    keeper = Checkpoint(checkpoint, signature=f"{model.name} {spec.hash} {catalog.content_hash}")
+    with _backend.in_turn():  # it drops what is damaged
+        found = keeper.load(say)
+    if found is not None:
+        loop.take_up(*found)
+    if _backend.process(spec.train.devices)[0]:  # the first writes for all
+        keeper = Checkpoint(None, signature="")
     try:
         loop.run(keeper, on_epoch=on_epoch, progress=progress, stop=stop)
     finally:
@@ -304,6 +316,8 @@ def extract_features(
     catalog: Catalog,
     *,
     spec: Spec,
+    shard: tuple[int, int] | None = None,
+    parts: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, features.FeatureStore]:
     """Run the frozen part of several models over all images that are not test images, in one pass.
@@ -320,6 +334,10 @@ def extract_features(
         Split.
     spec : Spec
         ``features``, ``augment``, ``backbone`` and ``seed``.
+    shard : tuple of int, optional
+        Compute only one part of the images and return nothing: which, from 0, of how many.
+    parts : int
+        Where 2 or more, put together the parts that other processes have stored.
     progress : callable, optional
         Called with (done, total) images.
 
@@ -333,7 +351,17 @@ def extract_features(
     if not cuts or not spec.features.cache:
         return {}
     rows, learned = _distinct(store, *_known(catalog)), _distinct(store, catalog.rows("train"))
-    return features.extract(built[0], list(cuts), store=store, rows=rows, learned=learned, spec=spec, progress=progress)
+    return features.extract(
+        built[0],
+        list(cuts),
+        store=store,
+        rows=rows,
+        learned=learned,
+        spec=spec,
+        part=shard,
+        parts=parts,
+        progress=progress,
+    )
 
 
 class _Loop:
@@ -350,30 +378,35 @@ class _Loop:
 
     def run(
         self,
-        keeper: _Keeper,
+        keeper: Checkpoint,
         *,
         on_epoch: Callable[[dict[str, float]], None] | None,
         progress: Callable[[int, int], None] | None,
         stop: Callable[[], bool] | None,
     ) -> None:
         state, spec = self.state, self.spec.train
-        while state.epoch <= spec.epochs and not state.schedule.exhausted(spec):
+        while state.epoch <= spec.epochs and not state.schedule.exhausted(spec) and not state.diverged:
             started = time.perf_counter() - state.seconds
             for step, positions in self._steps():
-                if stop is not None and stop():
+                if stop is not None and _backend.agree(stop()):
                     state.seconds = time.perf_counter() - started
-                    keeper.save(self)
+                    keeper.save(*self.kept())
                     raise StoppedEarly(
                         f"Stopped in epoch {state.epoch}, step {step}, on request; run the same command with --resume."
                     )
                 self._step(positions)
                 state.step = step + 1
+                if not math.isfinite(state.loss_sum):
+                    state.diverged = True
+                    break
                 if progress is not None:
                     progress(step + 1, -(-len(self.learn.labels) // spec.batch_size))
-            if not np.isfinite(state.loss_sum):
+            if state.diverged:
+                self.restore_best()
+                keeper.save(*self.kept())  # taken up again, it ends here again
                 break
             row = self._end_epoch(started)
-            keeper.save(self)
+            keeper.save(*self.kept())
             if on_epoch is not None:
                 on_epoch(row)
         if not self.best:
@@ -424,12 +457,32 @@ class _Loop:
     def restore_best(self) -> None:
         """Give the model the weights of its best epoch, where there is one."""
         for weight, value in zip(self.weights, self.best, strict=False):
-            weight.assign(value)
+            _backend.assign(weight, value)
 
     def history(self) -> History:
         state = self.state
         table = pd.DataFrame(state.rows, columns=list(HISTORY_COLUMNS)).astype({"epoch": int})
-        return History(table, state.schedule.best_epoch, len(table) < self.spec.train.epochs)
+        diverged = state.diverged or bool(table["val_loss"].tail(1).isna().any())
+        stopped = len(table) < self.spec.train.epochs and not diverged
+        return History(table, state.schedule.best_epoch, stopped, diverged)
+
+    def kept(self) -> tuple[dict[str, Any], Arrays]:
+        """Return the whole state: plain values, and arrays by name."""
+        arrays = {f"weight-{index}": keras.ops.convert_to_numpy(value) for index, value in enumerate(self.weights)}
+        arrays |= {
+            f"optimizer-{index}": keras.ops.convert_to_numpy(value)
+            for index, value in enumerate(self.network.optimizer.variables)
+        }
+        return asdict(self.state), arrays | {f"best-{index}": value for index, value in enumerate(self.best)}
+
+    def take_up(self, state: dict[str, Any], arrays: Arrays) -> None:
+        """Go back to a state that `kept` returned."""
+        for index, weight in enumerate(self.weights):
+            _backend.assign(weight, arrays[f"weight-{index}"])
+        for index, variable in enumerate(self.network.optimizer.variables):
+            _backend.assign(variable, arrays[f"optimizer-{index}"])
+        self.best = [arrays[f"best-{index}"] for index in range(len(self.weights)) if f"best-{index}" in arrays]
+        self.state = _State(**state | {"schedule": Schedule(**state["schedule"])})
 
 
 def _changing(network: models.Model) -> list[Any]:
@@ -449,60 +502,3 @@ def _changing(network: models.Model) -> list[Any]:
 def _label_weights(labels: Labels) -> npt.NDArray[np.float32]:
     counts = np.array([(labels == 0).sum(), (labels == 1).sum()])
     return np.asarray(len(labels) / (2 * counts), dtype=np.float32)
-
-
-class _Keeper:
-    """The checkpoint file and the one before it: the whole state of a loop in one checksummed archive of arrays."""
-
-    def __init__(self, path: Path | None, *, signature: str) -> None:
-        self._path, self._signature = path, signature
-
-    def save(self, loop: _Loop) -> None:
-        if self._path is None:
-            return
-        arrays: dict[str, Any] = {
-            f"weight-{index}": keras.ops.convert_to_numpy(value) for index, value in enumerate(loop.weights)
-        }
-        arrays |= {
-            f"optimizer-{index}": keras.ops.convert_to_numpy(value)
-            for index, value in enumerate(loop.network.optimizer.variables)
-        }
-        arrays |= {f"best-{index}": value for index, value in enumerate(loop.best)}
-        state = json.dumps({"signature": self._signature, **asdict(loop.state)})
-        buffer = io.BytesIO()
-        np.savez(buffer, state=np.frombuffer(state.encode(), dtype=np.uint8), **arrays)
-        data = buffer.getvalue()
-        if self._path.exists():
-            os.replace(self._path, self._previous)
-        _files.write_bytes(self._path, data + _files.sha256_of(data).encode())
-
-    @property
-    def _previous(self) -> Path:
-        assert self._path is not None
-        return self._path.with_name(f"{self._path.stem}.previous{self._path.suffix}")
-
-    def restore(self, loop: _Loop) -> None:
-        if self._path is None:
-            return
-        for path in (self._path, self._previous):
-            content = path.read_bytes() if path.exists() else b""
-            data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-            if _files.sha256_of(data).encode() == digest:
-                with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                    self._apply(loop, {name: archive[name] for name in archive.files})
-                return
-            path.unlink(missing_ok=True)  # damaged: `save` must not put it in the place of the whole one
-
-    def _apply(self, loop: _Loop, arrays: dict[str, npt.NDArray[Any]]) -> None:
-        content = json.loads(arrays["state"].tobytes())
-        if content.pop("signature") != self._signature:
-            raise RunError(
-                f"{self._path} belongs to a run with another configuration or other images; "
-                "use the same ones to go on, or a new run directory."
-            )
-        for index, weight in enumerate(loop.weights):
-            weight.assign(arrays[f"weight-{index}"])
-        for index, variable in enumerate(loop.network.optimizer.variables):
-            variable.assign(arrays[f"optimizer-{index}"])
-        loop.best = [arrays[f"best-{index}"] for index in range(len(loop.weights)) if f"best-{index}" in arrays]
-        loop.state = _State(schedule=Schedule(**content.pop("schedule")), **content)

@@ -1,0 +1,355 @@
+"""The stages of a run: what each does, leaves in the Run, and says of itself in its record.
+
+Every stage can be done by a process of its own, and done again: it does what is still to do. Knows nothing of the order
+of stages between processes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pneumoscope import (
+    _backend,
+    _files,
+    _stopping,
+    appearance,
+    backbones,
+    figures,
+    models,
+    survey,
+    training,
+)
+from pneumoscope.catalog import Catalog
+from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
+from pneumoscope.evaluation import Examiner
+from pneumoscope.narration import Narration, seconds_text
+from pneumoscope.runs import Run, Status
+from pneumoscope.specs import TITLES, Spec
+from pneumoscope.store import ImageStore
+
+
+def stages_of(spec: Spec) -> list[str]:
+    """Return the stages of one run, in order: ``images``, ``features``, ``train-M`` for each approach, ``evaluate``."""
+    cached = spec.features.cache and {"tl", "ft"} & set(spec.models)
+    return ["images", *(["features"] if cached else []), *(f"train-{name}" for name in spec.models), "evaluate"]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a run.
+
+    Attributes
+    ----------
+    catalog : Catalog
+        Divided, without what could not be decoded.
+    store : ImageStore
+        Packed.
+    measured : DataFrame, optional
+        The files' measures, for the baselines that see no lung.
+    note : str
+        What must stand on every output.
+    """
+
+    catalog: Catalog
+    store: ImageStore
+    measured: pd.DataFrame | None
+    note: str
+
+
+class Job:
+    """The stages of one run; in one process they share the images, in several each opens them again.
+
+    Parameters
+    ----------
+    target : Run
+        Where everything goes.
+    spec : Spec
+        What to do.
+    data : Path
+        The images.
+    voice : Narration
+        Who speaks.
+    stop : callable, optional
+        Asked before each training step.
+    threads : int
+        CPU threads where the Spec leaves the number open; 0 takes all cores.
+    """
+
+    def __init__(
+        self,
+        target: Run,
+        spec: Spec,
+        data: Path,
+        voice: Narration,
+        *,
+        stop: Callable[[], bool] | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.run, self.spec, self.data, self.voice, self._stop = target, spec, data, voice, stop
+        self._threads = spec.train.threads or threads
+
+    def perform(self, stage: str, *, shard: tuple[int, int] | None = None) -> None:
+        """Do one stage, and keep in its record when, where and how it ended.
+
+        Parameters
+        ----------
+        stage : str
+            One of `stages_of`.
+        shard : tuple of int, optional
+            For ``features``: which part of the images, from 0, of how many; the whole where not given.
+
+        Raises
+        ------
+        PneumoscopeError
+            Of any kind: what is wrong with the data, the Spec, the weights or the disk.
+        """
+        name, _, approach = stage.partition("-")
+        work = {"images": self._images, "features": self._features, "evaluate": self._evaluate}.get(name)
+        recorded = stage if shard is None else f"{stage}-{shard[0]}"
+        with self.run.lock(recorded), self._recorded(recorded):
+            _backend.prepare(threads=self._threads)
+            if shard is not None:
+                self._features(shard)
+            elif work is not None:
+                work()
+            else:
+                self._train(approach)
+
+    @contextmanager
+    def _recorded(self, stage: str) -> Iterator[None]:
+        started = datetime.now(UTC)
+        where = {"host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
+        self.run.update_stage(
+            stage, status="running", started=_stamp(started), finished=None, seconds=None, error=None, **where
+        )
+        try:
+            yield
+        except BaseException as error:
+            self._close_record(stage, started, status=status_of(error), error=str(error) or type(error).__name__)
+            raise
+        self._close_record(stage, started, status="finished")
+
+    def _close_record(self, stage: str, started: datetime, **changes: Any) -> None:
+        now = datetime.now(UTC)
+        self.run.update_stage(stage, finished=_stamp(now), seconds=(now - started).total_seconds(), **changes)
+
+    @cached_property
+    def _seen(self) -> _Images:
+        """The images as an earlier stage, perhaps in another process, left them."""
+        catalog, store = own_images(self.run, self.spec, self.voice)
+        return _Images(catalog, store, None, self.run.read_manifest()["note"])
+
+    def _images(self) -> None:
+        """Read the images and write down what this run is, before any training."""
+        if {"tl", "ft"} & set(self.spec.models):
+            backbones.weights_hash(self.spec.backbone)  # missing weights are said now, not after an hour
+        catalog, store = survey.read_images(self.spec, self.data, self.voice)
+        self._check_same_images(catalog)
+        note = survey.note_of(self.spec, self.data, catalog=catalog)
+        if note:
+            self.voice.warn(f"{note}: the figures say nothing about real radiographs.")
+        audited = survey.examine(catalog, store, self.spec, self.voice, target=self.run, note=note)
+        audited.require_passed()
+        _files.write_text(self.run.spec_path, self.spec.to_toml())
+        catalog.write(self.run.catalog_path)
+        machine = self._describe()
+        self.run.update_manifest(
+            data=str(self.data.absolute()),
+            note=note,
+            spec_hash=self.spec.hash,
+            data_hash=catalog.content_hash,
+            machine=machine,
+        )
+        self._seen = _Images(catalog, store, audited.measures, note)
+        with self.voice.stage("Drawing the data"):
+            survey.draw_data(catalog, store, self.run, note=note, seed=self.spec.seed)
+
+    def _check_same_images(self, catalog: Catalog) -> None:
+        if self.run.read_manifest().get("data_hash", catalog.content_hash) != catalog.content_hash:
+            raise RunError(
+                f"{self.run.folder} was begun with other images than {self.data} holds now; "
+                "give the same ones to go on, or choose a new folder with -o."
+            )
+
+    def _describe(self) -> dict[str, Any]:
+        machine = _backend.describe()
+        self.voice.say(
+            f"  Computing with {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads."
+        )
+        return {
+            "backend": machine.backend,
+            "versions": machine.versions,
+            "devices": list(machine.devices),
+            "threads": machine.threads,
+            "platform": platform.platform(),
+        }
+
+    def _features(self, shard: tuple[int, int] | None = None) -> None:
+        """Run the frozen layers once, for all approaches that still have to be trained on them."""
+        waiting = [name for name in self.spec.models if not self.run.model_path(name).exists()]
+        built = {name: models.build(name, self.spec) for name in waiting if name != "cnn"}
+        if not built:
+            return
+        self._say_views(list(built))
+        with self.voice.stage("Running the frozen layers once"), self.voice.bar("features") as progress:
+            training.extract_features(
+                list(built.values()),
+                self._seen.store,
+                self._seen.catalog,
+                spec=self.spec,
+                shard=shard,
+                parts=self.spec.cluster.shards,
+                progress=progress,
+            )
+
+    def _say_views(self, names: list[str]) -> None:
+        if self.spec.augment.active and not self.spec.features.views:
+            self.voice.say(
+                f"  {' and '.join(names)}: trained on stored features of the clean images, without augmentation; "
+                "features.views=K adds K augmented copies of each, features.cache=false draws fresh ones in each step."
+            )
+
+    def _train(self, name: str) -> None:
+        if self.run.model_path(name).exists():
+            return
+        spec, title = self.spec, TITLES[name]
+        model = models.build(name, spec)
+        with (
+            self.voice.stage(f"Training {name} ({title})"),
+            self.voice.bar(name, unit="steps") as progress,
+            _stopping.patient(),
+        ):
+            history = training.train(
+                model,
+                self._seen.store,
+                self._seen.catalog,
+                spec=spec,
+                checkpoint=self.run.checkpoint_path(name),
+                on_epoch=lambda row: self._say_epoch(name, row),
+                progress=progress,
+                stop=self._stop,
+            )
+        if history.stopped_early:
+            self.voice.say(f"  {name}: stopped early, the weights of epoch {history.best_epoch} are kept.")
+        self._warn_if_fragile(name, history)
+        self._draw_history(name, history)
+        _save_model(model, self.run.model_path(name))
+
+    def _draw_history(self, name: str, history: training.History) -> None:
+        for kind in ("accuracy", "loss"):
+            columns = ["epoch", f"train_{kind}", f"val_{kind}"]
+            _files.write_csv(
+                self.run.table_path(name, f"{kind}_per_epoch"), columns, history.epochs[columns].itertuples(index=False)
+            )
+            draw = figures.accuracy_curve if kind == "accuracy" else figures.loss_curve
+            title = f"{TITLES[name]} ({name}): {kind}"
+            figure = draw(history.epochs, title=title, note=self._seen.note, best_epoch=history.best_epoch)
+            figures.save(figure, self.run.figure_path(f"{name}_learning_curve_{kind}"))
+
+    def _say_epoch(self, name: str, row: dict[str, float]) -> None:
+        self.run.update_stage(
+            f"train-{name}", epoch=int(row["epoch"]), epochs=self.spec.train.epochs, val_loss=row["val_loss"]
+        )
+        self.voice.event(
+            "epoch",
+            f"  {name} epoch {row['epoch']:>2.0f}/{self.spec.train.epochs}: "
+            f"loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
+            f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, "
+            f"rate {row['learning_rate']:.1e}, {seconds_text(row['seconds'])}",
+            model=name,
+            **row,
+        )
+
+    def _warn_if_fragile(self, name: str, history: training.History) -> None:
+        if name == "cnn" and history.stopped_early and history.best_epoch == 1:
+            self.voice.warn(
+                "cnn kept its very first epoch: with this BatchNormalization momentum the validation loss rises at "
+                "first, and early stopping took that for the end; preset default mends it (cnn.momentum=0.9)."
+            )
+
+    def _evaluate(self) -> None:
+        """Measure what was trained; where an approach is missing, say why once the others are measured."""
+        missing = [name for name in self.spec.models if not self.run.model_path(name).exists()]
+        if len(missing) < len(self.spec.models):
+            seen = self._seen
+            if seen.measured is None:
+                seen = self._seen = replace(seen, measured=appearance.look(seen.catalog, seen.store).measures)
+            own = (seen.catalog, seen.store)
+            Examiner(self.spec, self.run, *own, own, seen.measured, self.voice, seen.note).examine()
+        if missing:
+            raise RunError(self._why_missing(missing))
+
+    def _why_missing(self, missing: Sequence[str]) -> str:
+        records = self.run.read_stages()
+        causes = [
+            f"{stage}: {records[stage]['error']}"
+            for stage in ("images", "features", *(f"train-{name}" for name in missing))
+            if records.get(stage, {}).get("error")
+        ]
+        measured = [name for name in self.spec.models if name not in missing]
+        others = f" {', '.join(measured)} stand measured in {self.run.metrics_path}." if measured else ""
+        return (
+            f"{', '.join(missing)} was not trained ({' '.join(causes) or 'its job left no reason'});{others} "
+            "mend that and run the same command with --resume."
+        )
+
+
+def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, ImageStore]:
+    """Return the images that a run was made with, as they were divided.
+
+    Parameters
+    ----------
+    target : Run
+        Whose images have been read.
+    spec : Spec
+        ``image.size_px``.
+    voice : Narration
+        Who speaks.
+
+    Returns
+    -------
+    Catalog
+    ImageStore
+
+    Raises
+    ------
+    PneumoscopeError
+        Where they are gone or cannot be read.
+    """
+    own = Path(target.read_manifest()["data"])
+    catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
+    store = survey.pack(catalog, spec, voice)
+    return catalog.quarantine(store.rejected), store
+
+
+def status_of(error: BaseException) -> Status:
+    """Return what an error that ends some work makes of it: ``stopped``, which can go on, or ``failed``."""
+    return "stopped" if isinstance(error, (StoppedEarly, KeyboardInterrupt)) else "failed"
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _save_model(model: models.Model, path: Path) -> None:
+    """Write a model whole or not at all; its presence says that the approach is trained."""
+    temporary = path.with_name(f".{path.stem}.tmp.keras")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PneumoscopeError(
+            f"Cannot write the model to {path}: {error.strerror or error}; free some space and go on with --resume."
+        ) from error

@@ -1,0 +1,72 @@
+"""Signals as a wish to stop: at once where nothing is lost by it, later where state has to be kept first."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pneumoscope import _stopping
+from pneumoscope.errors import StoppedEarly, UsageError
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR2"])
+def test_a_signal_ends_the_work_where_it_stands(name: str) -> None:
+    message = "^Stopped on request; run the same command with --resume.$"
+    with pytest.raises(StoppedEarly, match=message), _stopping.on_signals("USR2") as stop:
+        send(signal.Signals[f"SIG{name}"])
+    assert stop()
+
+
+def test_patient_work_is_told_and_goes_on_until_it_asks() -> None:
+    with _stopping.on_signals() as stop, _stopping.patient():
+        assert not stop()
+        send(signal.SIGTERM)
+        assert stop()
+
+
+def test_impatience_comes_back_after_patient_work_that_failed() -> None:
+    with _stopping.on_signals():
+        with pytest.raises(ZeroDivisionError), _stopping.patient():
+            raise ZeroDivisionError
+        with pytest.raises(StoppedEarly):
+            send(signal.SIGTERM)
+
+
+def test_a_second_interrupt_from_the_keyboard_is_not_put_off() -> None:
+    with _stopping.on_signals(), _stopping.patient():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_a_second_request_of_a_cluster_is_put_off_like_the_first() -> None:
+    with _stopping.on_signals() as stop, _stopping.patient():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert stop()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
+    with _stopping.on_signals("USR2"):
+        assert signal.getsignal(signal.SIGUSR2) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)] == before
+
+
+def test_a_signal_that_cannot_be_caught_is_refused_and_leaves_nothing_behind() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    message = "^SIGKILL cannot be caught; name another signal, such as USR2.$"
+    with pytest.raises(UsageError, match=message), _stopping.on_signals("KILL"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_this_system_lacks_is_left_out() -> None:
+    with _stopping.on_signals("NOSUCH") as stop:
+        assert not stop()
