@@ -188,6 +188,87 @@ assert _backend.compiles() == (name == "jax")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+# --- Several devices (tests/test_devices.py trains on them) -----------------------------------------------------------
+
+
+@pytest.fixture
+def unplaced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Forget what the surroundings say of clusters."""
+    for name in list(os.environ):
+        if name.startswith(("KERAS_DISTRIBUTION", "SLURM")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def placed(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_is_alone_unless_told_otherwise(unplaced: pytest.MonkeyPatch) -> None:
+    assert _backend.process(4) == (0, 1)
+    placed(unplaced, SLURM_PROCID="0", SLURM_NTASKS="2")  # a batch script before any srun: nobody else runs it
+    assert _backend.process(4) == (0, 1)
+
+
+def test_srun_says_which_of_its_tasks_this_is(unplaced: pytest.MonkeyPatch) -> None:
+    placed(unplaced, SLURM_PROCID="1", SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="2")
+    assert _backend.process(4) == (1, 2)
+    assert _backend.process(1) == (0, 1)  # tasks that train a model each
+    placed(unplaced, KERAS_DISTRIBUTION_PROCESS_ID="2", KERAS_DISTRIBUTION_NUM_PROCESSES="3")
+    assert _backend.process(6) == (2, 3)  # who says it by hand is believed
+
+
+@pytest.mark.parametrize(("index", "count"), [("", "2"), ("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0")])
+def test_processes_that_cannot_be_counted_are_refused(index: str, count: str, unplaced: pytest.MonkeyPatch) -> None:
+    placed(unplaced, KERAS_DISTRIBUTION_PROCESS_ID=index, KERAS_DISTRIBUTION_NUM_PROCESSES=count)
+    with pytest.raises(
+        UsageError,
+        match=rf"^KERAS_DISTRIBUTION_PROCESS_ID is '{index}', KERAS_DISTRIBUTION_NUM_PROCESSES is '{count}'; "
+        r"set both, the first from 0 to below the other\.$",
+    ):
+        _backend.process(2)
+
+
+@pytest.mark.usefixtures("unplaced")
+def test_one_device_is_nothing_to_distribute() -> None:
+    _backend.distribute(1, batch_size=7)
+    assert _backend.keras.distribution.distribution() is None
+    network = _backend.keras.Sequential([_backend.keras.Input((2,)), _backend.keras.layers.Dense(1)])
+    before = dict(vars(network))
+    _backend.split(network)
+    assert vars(network) == before
+    assert (_backend.agree(3), _backend.agree(3, of=min)) == (3, 3)
+
+
+@pytest.mark.usefixtures("unplaced")
+@pytest.mark.parametrize("name", ["tensorflow", "torch"])
+def test_a_backend_that_cannot_train_on_several_devices_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "chosen", lambda: name)
+    with pytest.raises(
+        UsageError,
+        match=rf"^train\.devices is 2, the backend {name} trains on one device only; set KERAS_BACKEND=jax "
+        r"\(pip install 'pneumoscope\[jax\]', for GPUs 'pneumoscope\[cuda\]'\) or train\.devices=1\.$",
+    ):
+        _backend.distribute(2, batch_size=8)
+
+
+@pytest.mark.usefixtures("unplaced")
+def test_a_batch_that_devices_cannot_share_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"^train\.batch_size is 30, which 4 devices cannot share; use a multiple of 4\.$"
+    ):
+        _backend.distribute(4, batch_size=30)
+
+
+def test_devices_that_processes_cannot_share_are_refused(unplaced: pytest.MonkeyPatch) -> None:
+    placed(unplaced, KERAS_DISTRIBUTION_PROCESS_ID="0", KERAS_DISTRIBUTION_NUM_PROCESSES="2")
+    with pytest.raises(
+        UsageError, match=r"^train\.devices is 3, which 2 processes cannot share; use a multiple of 2\.$"
+    ):
+        _backend.distribute(3, batch_size=6)
+
+
 # --- The main job on each ---------------------------------------------------------------------------------------------
 
 

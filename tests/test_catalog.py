@@ -478,7 +478,7 @@ def test_one_class_or_no_readable_image_cannot_be_learned_from(tmp_path: Path) -
         (root / f"NORMAL/{name}.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         Catalog.scan(root).require_learnable()
-    assert str(caught.value) == (f"No image in {root} can be used (empty file: 2); JPEG and PNG images are expected.")
+    assert str(caught.value) == (f"No image in {root} can be used (empty file: 2); JPEG, PNG and DICOM images are expected.")
 
 
 def test_a_test_split_alone_or_an_empty_class_in_validation_cannot_be_learned_from(tmp_path: Path) -> None:
@@ -587,7 +587,7 @@ def test_every_unusable_file_is_quarantined_with_its_reason(tmp_path: Path) -> N
         "ok.jpeg": "ok", "ok.png": "ok",
         "foreign.bmp": "unsupported format BMP", "foreign.gif": "unsupported format GIF",
         "empty.jpeg": "empty file", "page.jpeg": "not an image", "paper.jpg": "unsupported format PDF",
-        "film.dcm": "unsupported format DICOM", "cut.png": "damaged", "vast.png": "too large",
+        "film.dcm": "no pixels", "cut.png": "damaged", "vast.png": "too large",
         "huge.png": "too large", "fifo.jpeg": "not a regular file",
     }  # fmt: skip
     assert len(catalog.quarantined()) == 10

@@ -18,7 +18,8 @@ JOB = "import sys; from pneumoscope._job import Command; Command(tuple(sys.argv[
 def run_as_job(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {"SUBMITIT_FOLDER": str(folder), "SLURM_JOB_ID": "7"} | variables
-    return subprocess.run([sys.executable, "-c", JOB, *command], env=environment, capture_output=True, text=True)  # noqa: PLW1510
+    words = [sys.executable, "-c", JOB, *command]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 def noted(folder: Path, job_id: str = "7") -> int:
@@ -72,6 +73,7 @@ def test_beside_the_first_node_a_stop_is_no_failure_and_nothing_is_noted(
 
 def test_a_note_that_cannot_be_written_does_not_change_the_exit_status(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    code = f"import os, sys; os.rmdir({str(tmp_path / 'jobs')!r}); os.symlink('file', {str(tmp_path / 'jobs')!r}); sys.exit(3)"
-    (tmp_path / "jobs").mkdir()
-    assert run_as_job(tmp_path / "jobs", sys.executable, "-c", code).returncode == 3
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    code = f"import os, sys; os.rmdir({str(folder)!r}); os.symlink('file', {str(folder)!r}); sys.exit(3)"
+    assert run_as_job(folder, sys.executable, "-c", code).returncode == 3

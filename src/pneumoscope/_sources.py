@@ -1,7 +1,8 @@
 """Where images come from: folders, .zip archives, CSV manifests and array files, as rows of (path, split, label).
 
 Owns what a path in the Catalog means, how its bytes are reached, and what folder names say. Opens no image while it
-lists, follows no link out of the data, unpacks nothing to disk. Knows nothing of pixels, patients or splits to make.
+lists (only the beginning of files whose names tell no format: they may be DICOM), follows no link out of the data,
+unpacks nothing to disk. Knows nothing of pixels, patients or splits to make.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,7 @@ SPLIT_NAMES: Final = {"train": "train", "training": "train", "test": "test", "te
 KERAS_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 """What ``keras.utils.image_dataset_from_directory`` lists."""
 
-OTHER_SUFFIXES: Final = (".tif", ".tiff", ".webp", ".dcm")
+OTHER_SUFFIXES: Final = (".tif", ".tiff", ".webp", ".dcm", ".dicom")
 """Pictures that it does not list."""
 
 KAGGLE_VAL_IMAGES: Final = 16
@@ -47,6 +49,7 @@ MAX_ARRAY_BYTES: Final = 2 * 2**30
 """A larger array is refused before it is loaded."""
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
+_NO_SUFFIX: Final = re.compile(r"[^.]+|[\d.]+")  # also numbers with points: DICOM files are often named for their UID
 _ARRAY_ROW: Final = re.compile(r"(.+\.npz)#([a-z]+)/(\d+)", re.IGNORECASE | re.DOTALL)
 _ARRAY_SPLITS: Final = {"train": "train", "validation": "val", "test": "test"}
 _ESCAPED: Final = re.compile(r"\\udc([89a-f][0-9a-f])")
@@ -92,6 +95,7 @@ class _File:
     path: str
     n_bytes: int
     status: str = "ok"
+    is_dicom: bool = False  # known only of a name without a suffix
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -291,7 +295,9 @@ def _listed(entry: os.DirEntry[str], name: str, root: Path) -> _File:
         return _File(name, path, 0, "broken link" if entry.is_symlink() else "unreadable")
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
         return _File(name, path, 0, "link out of the folder")
-    return _File(name, path, state.st_size, _refusal(state) or "ok")
+    if status := _refusal(state):
+        return _File(name, path, state.st_size, status)
+    return _File(name, path, state.st_size, is_dicom=_is_unnamed_dicom(name, lambda: Path(entry.path).open("rb")))
 
 
 def _members(archive: Path, reader: Reader) -> tuple[list[_File], Counter[str]]:
@@ -302,11 +308,24 @@ def _members(archive: Path, reader: Reader) -> tuple[list[_File], Counter[str]]:
         raise DataError(f"{archive} cannot be read as a .zip ({error}); get it again.") from error
     files: dict[str, _File] = {}
     for entry in entries:
+        name, path = entry.filename, _path_of(f"{archive.name}!/{entry.filename}")
         status = "too large" if entry.file_size > _files.MAX_MEMBER_BYTES else "ok"
-        path = _path_of(f"{archive.name}!/{entry.filename}")
-        files.setdefault(entry.filename, _File(entry.filename, path, entry.file_size, status))
+        is_dicom = _is_unnamed_dicom(name, partial(reader.archive(archive).open, entry))
+        files.setdefault(name, _File(name, path, entry.file_size, status, is_dicom))
     repeated = Counter({"repeated entries": len(entries) - len(files)})
     return sorted(files.values(), key=lambda file: file.path), repeated
+
+
+def _is_unnamed_dicom(name: str, opened: Callable[[], IO[bytes]]) -> bool:
+    """Say whether a file without a suffix begins like DICOM; a DICOMDIR lists others and is no picture itself."""
+    last = name.rpartition("/")[2]
+    if last == "DICOMDIR" or not _NO_SUFFIX.fullmatch(last):
+        return False
+    try:
+        with opened() as file:
+            return file.read(132)[128:] == b"DICM"
+    except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False  # what it is will be asked again when it is read
 
 
 def _array_rows(path: Path, reader: Reader) -> Found:
@@ -411,7 +430,7 @@ def _ignored_kind(file: _File) -> str:
         return "._*"
     if any(part.startswith(".") for part in (*file.folders, name)):
         return "hidden files"
-    return "" if name.lower().endswith(KERAS_SUFFIXES + OTHER_SUFFIXES) else "other files"
+    return "" if file.is_dicom or name.lower().endswith(KERAS_SUFFIXES + OTHER_SUFFIXES) else "other files"
 
 
 def _locate(folders: tuple[str, ...], known: Mapping[str, int]) -> _Spot | None:

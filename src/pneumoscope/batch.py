@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pneumoscope import _files, jobs
-from pneumoscope.errors import RunError, StoppedEarly
+from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
 from pneumoscope.narration import Narration
 from pneumoscope.pipeline import Part, begin, command_of, now, parts_of, say_state, task_of
 from pneumoscope.runs import Run
@@ -62,7 +62,12 @@ def submit(
         folds, seeds = (sum(part.kind == kind for part in parts) for kind in ("folds", "seeds"))
         main.update_manifest(folds=folds, seeds=seeds + 1)
         tasks = _tasks(begun, repeats_of=parts)
-        submitted = jobs.submit(tasks, folder=main.jobs_folder, cluster=spec.cluster)
+        try:
+            submitted = jobs.submit(tasks, folder=main.jobs_folder, cluster=spec.cluster)
+        except PneumoscopeError as error:
+            for part in begun:
+                part.run.update_manifest(status="failed", error=str(error))
+            raise
     voice.table("Submitted", ["job", "id"], [[job.name, job.job_id] for job in submitted])
     voice.say(f"Follow them with: pneumoscope jobs {shlex.quote(str(main.folder))} --wait")
     return main
@@ -163,9 +168,9 @@ def cancel(folder: Path, *, narration: Narration) -> None:
 
 
 def _states(target: Run) -> list[State]:
-    if not (found := jobs.states(target.jobs_folder)):
+    if not (target.jobs_folder / "jobs.json").exists():
         raise RunError(f"No batch jobs were submitted for {target.folder}; that is what run --executor slurm does.")
-    return found
+    return jobs.states(target.jobs_folder)
 
 
 def _progress_of(folder: Path, name: str) -> tuple[str, str]:

@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 _BLOCK: Final = 1024  # files that wait for a thread at one time: each costs far more memory than its row
 _INTEGERS: Final = {"label": "int8", "width_px": "int64", "height_px": "int64", "file_bytes": "int64"}
-_FORMAT_OF_SUFFIX: Final = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
+_FORMAT_OF_SUFFIX: Final = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".dcm": "DICOM", ".dicom": "DICOM"}
 _KAGGLE_PERSON: Final = re.compile(r"person(?P<number>\d+)_(?P<kind>bacteria|virus)_\d+(_\d+)*", re.I | re.A)
 _KAGGLE_NORMAL: Final = re.compile(r"(NORMAL2-)?IM-(\d+)-\d+(-\d+)*", re.I | re.A)
 _MENDELEY: Final = re.compile(r"(?P<kind>normal|bacteria|virus)-(?P<number>\d+)-\d+", re.I | re.A)
@@ -270,7 +270,7 @@ class Catalog:
         if counts.empty:
             reasons = self.table["status"].value_counts()
             why = ", ".join(f"{reason}: {n:,}" for reason, n in reasons.items()) or "the list is empty"
-            raise DataError(f"No image in {self.root} can be used ({why}); JPEG and PNG images are expected.")
+            raise DataError(f"No image in {self.root} can be used ({why}); JPEG, PNG and DICOM images are expected.")
         needed = ["train", "validation"] if (self.table["split"] == "validation").any() else ["train"]
         for split in needed:
             found = counts.to_dict("index").get(split, {})

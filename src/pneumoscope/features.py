@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _files, backbones, models
+from pneumoscope import _backend, _files, backbones, models
 from pneumoscope._backend import keras
 from pneumoscope.errors import StoreError
 from pneumoscope.specs import Spec
@@ -105,7 +105,7 @@ def extract(
         {name: root / f"features-{_key(name, view, store=store, rows=rows_of[view], spec=spec)}" for name in cuts}
         for view in range(len(rows_of))
     ]
-    missing = [{name: folder for name, folder in one.items() if not _finished(folder)} for one in targets]
+    missing = [_unfinished(one) for one in targets]
     size = sum(np.prod(_shape(model, name, len(rows_of[view]))) for view, one in enumerate(missing) for name in one)
     if size:
         _files.require_space(root, int(size) * np.dtype(spec.features.dtype).itemsize, what="Storing the features")
@@ -178,6 +178,11 @@ def _finished(folder: Path) -> bool:
     return (folder / "manifest.json").exists()
 
 
+def _unfinished(targets: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the stores that are still to compute; what one process lacks, all that work together compute."""
+    return {name: folder for name, folder in targets.items() if _backend.agree(not _finished(folder))}
+
+
 def _shape(model: models.Model, cut: str, n: int) -> tuple[int, ...]:
     return (n, *model.get_layer(cut).output.shape[1:])
 
@@ -238,7 +243,7 @@ class _View:
         self, targets: Mapping[str, Path], part: tuple[int, int] | None = None, *, report: Callable[[int], None]
     ) -> None:
         """Run the images, or a part of them, through the network up to every cut, and store what comes out."""
-        span, waiting = self.span(part), {name: folder for name, folder in targets.items() if not _finished(folder)}
+        span, waiting = self.span(part), _unfinished(targets)
         n = span.stop - span.start
         if not n or not waiting:
             return
@@ -246,7 +251,7 @@ class _View:
         dtype = np.dtype(self.spec.features.dtype)
         partial = [_Partial(folder, _shape(self.model, name, n), dtype) for name, folder in waiting.items()]
         network, fetch = self._reader(prefix)
-        start = min(one.done for one in partial)
+        start = _backend.agree(min(one.done for one in partial), of=min)
 
         def rest(positions: slice) -> Any:
             return fetch(slice(positions.start + start + span.start, positions.stop + start + span.start))
@@ -259,8 +264,9 @@ class _View:
                 if step % _STEPS_BETWEEN_MARKS == 0:
                     one.mark(done)
             report(span.start + done)
-        for one in partial:
-            one.finish()
+        with _backend.in_turn():  # processes that work together end together
+            for one in partial:
+                one.finish()
 
     def put_together(self, targets: Mapping[str, Path], parts: int, *, report: Callable[[int], None]) -> None:
         """Make stores of their parts: those that are there are copied, the others computed first."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from pneumoscope import dicom
 from pneumoscope.errors import ImageError
 
 DECODER_VERSION = 1
@@ -63,17 +63,20 @@ class Header:
     Attributes
     ----------
     format : str
-        ``"JPEG"``, ``"PNG"`` or ``"NPY"`` (a row of an array archive).
+        ``"JPEG"``, ``"PNG"``, ``"DICOM"`` or ``"NPY"`` (a row of an array archive).
     width_px, height_px : int
         Size after the EXIF orientation is applied.
     frames : int
         Number of pages; only the first is read.
+    notes : tuple of str
+        Sentences that a reader of a result for this file should know; only DICOM files have any.
     """
 
     format: str
     width_px: int
     height_px: int
     frames: int
+    notes: tuple[str, ...] = ()
 
 
 def read_header(data: bytes) -> Header:
@@ -92,11 +95,14 @@ def read_header(data: bytes) -> Header:
     ------
     ImageError
         For empty, unsupported or unreadable files, and for pictures over `MAX_PIXELS` or with a side ratio over
-        `MAX_ASPECT`; ``reason`` is a few words for the Catalog.
+        `MAX_ASPECT`; for DICOM also as `pneumoscope.dicom.read`. ``reason`` is a few words for the Catalog.
     """
     if data.startswith(_NPY_MAGIC):
         height, width = _read_npy(data).shape
         return Header("NPY", int(width), int(height), 1)
+    if dicom.is_dicom(data):
+        film = _read_dicom(data)
+        return Header("DICOM", film.width_px, film.height_px, 1, film.notes)
     with _opened(data) as image:
         width, height = image.size
         if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientations that swap the sides
@@ -108,8 +114,8 @@ def read_header(data: bytes) -> Header:
 def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uint8]:
     """Decode a file into grey pixels.
 
-    Colour becomes luma (ITU-R 601), transparency is laid over black, 16-bit is divided by 257, EXIF orientation is
-    applied, and of several pages the first is read.
+    Colour becomes luma (ITU-R 601), transparency is laid over black, 16-bit PNG is divided by 257, EXIF orientation is
+    applied, and of several pages the first is read. DICOM is shown through its own window, bones bright.
 
     Parameters
     ----------
@@ -131,6 +137,8 @@ def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uin
     """
     if data.startswith(_NPY_MAGIC):
         return _read_npy(data)
+    if dicom.is_dicom(data):
+        return _read_dicom(data).decode()
     with _opened(data) as image:
         if at_least_px is not None and image.format == "JPEG":
             image.draft("L", (at_least_px, at_least_px))
@@ -180,13 +188,18 @@ def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
     return resize(decode(data, at_least_px=2 * size_px), size_px)
 
 
+def _read_dicom(data: bytes) -> dicom.Radiograph:
+    film = dicom.read(data)
+    _require_sane_shape(film.width_px, film.height_px)
+    return film
+
+
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open bytes with Pillow under our limits; every failure, also while in use, becomes an ImageError."""
     if not data:
         raise ImageError("empty file", "The file holds 0 bytes.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes, judged below, and of EXIF data that nobody needs
+    with dicom.quiet:  # about sizes, judged below, and EXIF data that nobody needs
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError as error:
@@ -215,15 +228,12 @@ def _require_sane_shape(width: int, height: int) -> None:
 
 
 def _describe_foreign(data: bytes) -> tuple[str, str]:
-    if data[128:132] == b"DICM":
-        kind = "DICOM"
-    elif data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
+    if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
         return "damaged", "The file begins like a JPEG or PNG but its header is damaged."
-    else:
-        kind = next((name for magic, name in _FOREIGN if data.startswith(magic)), "")
+    kind = next((name for magic, name in _FOREIGN if data.startswith(magic)), "")
     if kind:
-        return f"unsupported format {kind}", f"The file is {kind}; JPEG and PNG are read."
-    return "not an image", "The file's content is not an image; JPEG and PNG are read."
+        return f"unsupported format {kind}", f"The file is {kind}; JPEG, PNG and DICOM are read."
+    return "not an image", "The file's content is not an image; JPEG, PNG and DICOM are read."
 
 
 def _to_grey(image: Image.Image) -> Image.Image:

@@ -52,7 +52,7 @@ def build(approach: str, spec: Spec) -> Model:
     """
     if approach not in _BUILDERS:
         raise SpecError(f"There is no approach {approach!r}; choose one of {', '.join(_BUILDERS)}.")
-    keras.utils.set_random_seed(spec.seed)  # initial weights and dropout; the same whatever was built before
+    _backend.seed(spec.seed)  # initial weights and dropout; the same whatever was built before
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16" if spec.train.precision == "bfloat16" else "float32")
     try:
@@ -323,6 +323,7 @@ def in_batches(
     outputs : list of ndarray
         One array per output, first axis the examples.
     """
+    _backend.split(network)
     if not network.compiled:  # once: each compilation traces the whole network anew
         network.compile(jit_compile=_backend.compiles())
     for start in range(0, n, batch_size):

@@ -298,10 +298,10 @@ class Job:
             if records.get(stage, {}).get("error")
         ]
         measured = [name for name in self.spec.models if name not in missing]
-        others = f" {', '.join(measured)} stand measured in {self.run.metrics_path}." if measured else ""
+        others = f"{', '.join(measured)} stands measured in {self.run.metrics_path}. " if measured else ""
         return (
-            f"{', '.join(missing)} was not trained ({' '.join(causes) or 'its job left no reason'});{others} "
-            "mend that and run the same command with --resume."
+            f"{', '.join(missing)} was not trained. {' '.join(causes) or 'Its job left no reason.'} {others}"
+            "Mend that and run the same command with --resume."
         )
 
 
