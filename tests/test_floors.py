@@ -18,12 +18,12 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 # From the ground up; on one floor, a module may import those to its left.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_files", "_locks", "_stopping", "_backend"),
-    ("dicom", "images", "specs", "predictions", "_torch_weights"),
+    ("_codestreams", "_greys", "dicom", "images", "specs", "predictions", "_torch_weights"),
     ("_sources", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics", "conformal",
-     "comparison", "familiarity", "shift", "backbones", "models"),
+     "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph"),
     ("store", "checkpoints", "runs", "ledger", "figures"),
     ("appearance", "audit", "shortcut", "scorecard", "features", "training", "inference"),
-    ("narration", "export", "report", "serving", "jobs"),
+    ("narration", "export", "report", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
     ("survey", "repeats", "evaluation", "stages", "pipeline", "batch", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]

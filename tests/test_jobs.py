@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,7 +75,8 @@ def scancel(*words: str) -> None:
 
 def followed(folder: Path) -> dict[str, State]:
     """The last state of each job, once all have ended."""
-    return {state.name: state for state in jobs.wait(folder, every_s=0.3)}
+    until(lambda: not jobs.alive(folder))
+    return {state.name: state for state in jobs.states(folder)}
 
 
 # --- what Slurm is asked for -----------------------------------------------------------------------------------------
@@ -267,8 +270,22 @@ def test_a_process_knows_the_allocation_that_it_is_in(
 # --- on a real Slurm -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def limited() -> Iterator[None]:
+    """End a test that waits for a job which never ends."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("waited in vain")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(150)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
-    marked: Callable[..., None] = pytest.mark.slow(pytest.mark.slurm(pytest.mark.usefixtures("slurm")(test)))
+    marked: Callable[..., None] = pytest.mark.slow(pytest.mark.slurm(pytest.mark.usefixtures("slurm", "limited")(test)))
     return marked
 
 
@@ -361,8 +378,14 @@ def test_a_warned_job_keeps_its_state_and_goes_on(tmp_path: Path) -> None:
 
 
 @on_slurm
-@pytest.mark.parametrize("cluster", [{"requeue": False}, {"requeues": 0}], ids=["no_requeue", "no_requeue_left"])
-def test_a_warned_job_that_may_not_go_on_by_itself_ends_as_stopped(tmp_path: Path, cluster: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("cluster", "added"),
+    [({"requeue": False}, []), ({"requeues": 0}, ["Job not requeued because: timed-out too many times."])],
+    ids=["no_requeue", "no_requeue_left"],
+)
+def test_a_warned_job_that_may_not_go_on_by_itself_ends_as_stopped(
+    tmp_path: Path, cluster: dict[str, Any], added: list[str]
+) -> None:
     tasks = [program("train", RESUMABLE, str(tmp_path)), program("next", "print('never')", after=("train",))]
     submitted = jobs.submit(tasks, folder=tmp_path / "jobs", cluster=SMALL.model_copy(update=cluster))
     until((tmp_path / "ready-0").exists)
@@ -370,6 +393,8 @@ def test_a_warned_job_that_may_not_go_on_by_itself_ends_as_stopped(tmp_path: Pat
     ends = followed(tmp_path / "jobs")
     assert (ends["train"].state, ends["train"].exit_status) == ("FAILED", STOPPED)
     assert ends["train"].reason == "stopped early; run it again to go on"
+    why = "The command was stopped, but the job does not go back into the queue: "
+    assert said(ends["train"].log) == ["begins", *(why + reason for reason in added)]
     assert ends["next"].state == "CANCELLED"
     assert (tmp_path / "heard-0").read_text() == "SIGTERM\n"
     again = jobs.submit(tasks, folder=tmp_path / "jobs", cluster=SMALL)  # what a person does then
@@ -377,6 +402,27 @@ def test_a_warned_job_that_may_not_go_on_by_itself_ends_as_stopped(tmp_path: Pat
     ends = followed(tmp_path / "jobs")
     assert (ends["train"].state, ends["next"].state) == ("COMPLETED", "COMPLETED")
     assert said(ends["train"].log) == ["goes on"]
+
+
+STOPS_OTHERWISE = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(int(sys.argv[2])))
+(pathlib.Path(sys.argv[1]) / f"ready-{sys.argv[2]}").touch()
+time.sleep(300)
+"""
+
+
+@on_slurm
+def test_a_warned_command_that_ends_otherwise_than_stopped_ends_its_job(tmp_path: Path) -> None:
+    tasks = [program(f"status-{status}", STOPS_OTHERWISE, str(tmp_path), status) for status in ("0", "3")]
+    submitted = jobs.submit(tasks, folder=tmp_path / "jobs", cluster=SMALL)
+    until(lambda: (tmp_path / "ready-0").exists() and (tmp_path / "ready-3").exists())
+    scancel("--signal=USR2", *(job.job_id for job in submitted))
+    ends = followed(tmp_path / "jobs")
+    assert {name: (state.state, state.exit_status) for name, state in ends.items()} == {
+        "status-0": ("COMPLETED", 0),
+        "status-3": ("FAILED", 3),
+    }
 
 
 @on_slurm
@@ -454,6 +500,7 @@ def test_a_job_may_submit_jobs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.usefixtures("limited")
 def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
     tmp_path: Path, own_slurm: LocalSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +513,8 @@ def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
         program("killed", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"),
     ]
     ids = [job.job_id for job in jobs.submit(tasks, folder=tmp_path / "jobs", cluster=SMALL)]
+    jobs.submit([tasks[-1]], folder=tmp_path / "alone", cluster=SMALL)  # squeue has other words about a single id
+    assert followed(tmp_path / "alone")["killed"].state == "FAILED"
     until((tmp_path / "ready-0").exists)
     scancel(ids[4])
     remembered = {name: state.state for name, state in followed(tmp_path / "jobs").items()}
@@ -489,6 +538,8 @@ def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
     }  # fmt: skip
     assert left["never"].reason == "it never began"
     assert left["killed"].reason == "it left no word: it was killed, or its node was lost"
+    (alone,) = jobs.states(tmp_path / "alone")
+    assert (alone.state, alone.reason) == ("FAILED", left["killed"].reason)
 
     own_slurm.stop()
     end = tmp_path / "jobs" / "1" / f"{ids[0]}_end.json"

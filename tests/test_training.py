@@ -23,6 +23,8 @@ from pneumoscope.errors import RunError, StoppedEarly
 from pneumoscope.specs import Spec, TrainSpec
 from pneumoscope.store import ImageStore
 
+resource = pytest.importorskip("resource")  # limits a file's size, as POSIX systems can
+
 Packed = tuple[Catalog, ImageStore]
 State = tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
 
@@ -324,6 +326,7 @@ def test_history_holds_every_value_of_every_epoch(alone: dict[str, Any]) -> None
     assert alone["said"] == history.epochs.to_dict("records")
     assert alone["steps"] == [(1, 3), (2, 3), (3, 3)] * 3
     assert not history.stopped_early
+    assert not history.diverged
 
 
 def test_the_same_seed_gives_the_same_bits(alone: dict[str, Any], packed: Packed) -> None:
@@ -368,7 +371,9 @@ def test_a_stop_is_said_and_leaves_a_checkpoint(packed: Packed, tmp_path: Path) 
         train("cnn", packed, SPEC, stop=lambda: True)  # nothing to write to: stopped all the same
 
 
-@pytest.mark.parametrize("stops", [(0, 1), (3,), (4, 0, 3)], ids=lambda stops: "+".join(str(steps) for steps in stops))
+@pytest.mark.parametrize(
+    "stops", [(0, 1), (2,), (3,), (4, 0, 3)], ids=lambda stops: "+".join(str(steps) for steps in stops)
+)
 def test_a_resumed_training_is_the_uninterrupted_one(
     stops: tuple[int, ...], alone: dict[str, Any], packed: Packed, tmp_path: Path
 ) -> None:
@@ -413,37 +418,10 @@ def stopped(packed: Packed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
-
-
-def flip_a_bit_of_the_directory(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[content.rindex(b"weight-0.npy")] ^= 1  # an archive's own checksums do not cover the names
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [cut_short, empty, flip_a_bit, flip_a_bit_of_the_directory, Path.unlink])
-def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_serves(
-    damage: Callable[[Path], None], stopped: Path, packed: Packed, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(stopped, tmp_path / "copy")
-    newest, before = folder / "cnn.npz", folder / "cnn.previous.npz"
-    damage(newest)
-    with pytest.raises(StoppedEarly, match="epoch 3, step 0"):
-        train("cnn", packed, CHANGING, checkpoint=newest, stop=after(0))
-    assert_same(state_in(newest), state_in(before))
-    assert before.read_bytes() == (stopped / "cnn.previous.npz").read_bytes()  # the damaged one did not take its place
 
 
 def test_a_training_resumed_from_the_checkpoint_before_is_the_uninterrupted_one(
@@ -451,16 +429,71 @@ def test_a_training_resumed_from_the_checkpoint_before_is_the_uninterrupted_one(
 ) -> None:
     folder = shutil.copytree(stopped, tmp_path / "copy")
     flip_a_bit(folder / "cnn.npz")
-    train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz")
+    said: list[str] = []
+    train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz", say=said.append)
+    assert said == [f"{folder / 'cnn.npz'} is damaged; the training goes on from the state before it."]
     assert_same(state_in(folder / "cnn.npz"), state_in(alone["checkpoint"]))
 
 
 def test_where_both_checkpoints_are_damaged_training_begins_anew(stopped: Path, packed: Packed, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "copy")
     for path in folder.iterdir():
-        cut_short(path)
+        flip_a_bit(path)
+    said: list[str] = []
     with pytest.raises(StoppedEarly, match="epoch 1, step 0"):
-        train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz", stop=after(0))
+        train("cnn", packed, CHANGING, checkpoint=folder / "cnn.npz", stop=after(0), say=said.append)
+    assert said == [f"{folder / 'cnn.npz'} and {folder / 'cnn.previous.npz'} are damaged; the training starts afresh."]
+
+
+def test_a_disk_that_fills_up_stops_the_training_and_what_was_kept_serves(
+    alone: dict[str, Any], packed: Packed, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "cnn.npz"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row: dict[str, float]) -> None:
+        if row["epoch"] == 2:  # Python ignores the signal for too large a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint.stat().st_size // 2, hard))
+
+    try:
+        with pytest.raises(
+            RunError, match=r"^The state of the training \(.* kB\) cannot be written to .*/cnn\.npz: File"
+        ):
+            train("cnn", packed, CHANGING, checkpoint=checkpoint, on_epoch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert state_in(checkpoint)[0]["epoch"] == 3
+    model, _ = train("cnn", packed, CHANGING, checkpoint=checkpoint)
+    assert_same(state_in(checkpoint), state_in(alone["checkpoint"]))
+    assert same_weights(model, alone["model"])
+
+
+@pytest.mark.parametrize(
+    ("approach", "override"), [("cnn", "seed=1"), ("tl", "features.cache=true"), ("ft", "features.cache=false")]
+)
+def test_all_that_a_step_changes_is_kept(approach: str, override: str, packed: Packed, tmp_path: Path) -> None:
+    """Weights, running statistics, the optimizer, and what dropout draws from; what a step leaves alone is not kept."""
+    catalog, store = packed
+    spec = CHANGING.with_overrides([override])
+    model = models.build(approach, spec)
+    network, scorer, learn, check = training._arrange(model, store, catalog, spec=spec, progress=None)
+    network.compile(optimizer=keras.optimizers.Adam(1e-3), loss="binary_crossentropy", metrics=["accuracy"])
+    network.optimizer.build(network.trainable_variables)
+    loop = training._Loop(network, scorer, learn, check, spec=spec, rate=1e-3)
+    watched = [*model.variables, *network.variables, *network.optimizer.variables]
+    before = [np.array(variable) for variable in watched]
+    loop._step(np.arange(16))
+    changed = {
+        id(variable)
+        for variable, value in zip(watched, before, strict=True)
+        if not np.array_equal(np.array(variable), value)
+    }
+    counted = {id(variable) for metric in network.metrics for variable in metric.variables}  # reset in each step
+    kept = {id(variable) for variable in [*loop.weights, *network.optimizer.variables]}
+    assert changed - counted <= kept
+    draws = [variable for variable in loop.weights if "int" in variable.dtype]
+    assert draws
+    assert {id(variable) for variable in draws} <= changed
 
 
 def test_a_checkpoint_of_another_run_is_refused(stopped: Path, packed: Packed) -> None:
@@ -516,6 +549,57 @@ def test_a_loss_that_is_no_number_later_ends_training_with_the_best_epoch(packed
 
     history = training.train(model, store, catalog, spec=SPEC, checkpoint=tmp_path / "cnn.npz", on_epoch=ruin)
     assert history.epochs["epoch"].tolist() == [1]
-    assert (history.best_epoch, history.stopped_early) == (1, True)
+    assert (history.best_epoch, history.stopped_early, history.diverged) == (1, False, True)
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), kept, strict=True))
-    assert state_in(tmp_path / "cnn.npz")[0]["epoch"] == 2  # the bad epoch was not written down
+    steps: list[tuple[int, int]] = []
+    again = models.build("cnn", SPEC)
+    resumed = training.train(
+        again,
+        store,
+        catalog,
+        spec=SPEC,
+        checkpoint=tmp_path / "cnn.npz",
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert steps == []  # taken up again, it ends where it ended
+    assert resumed.epochs.equals(history.epochs)
+    assert (resumed.best_epoch, resumed.stopped_early, resumed.diverged) == (1, False, True)
+    assert same_weights(again, model)
+
+
+def test_a_loss_that_is_no_number_ends_the_training_at_its_step(packed: Packed, tmp_path: Path) -> None:
+    catalog, store = packed
+    model = models.build("cnn", SPEC)
+    steps: list[int] = []
+
+    def ruin(done: int, total: int) -> None:
+        steps.append(done)
+        poison(model)
+
+    for _ in range(2):
+        with pytest.raises(RunError, match=NO_NUMBER):
+            training.train(model, store, catalog, spec=SPEC, checkpoint=tmp_path / "cnn.npz", progress=ruin)
+        assert steps == [1]  # the second step's loss is none, and resumed there is nothing to do
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(packed: Packed) -> None:
+    """The last step of the last epoch ruins the weights: its own loss was still a number."""
+    catalog, store = packed
+    model = models.build("cnn", SPEC)
+    said: list[dict[str, float]] = []
+    kept: list[list[Any]] = []
+
+    def ruin(done: int, total: int) -> None:
+        if len(said) == 2 and done == total:
+            poison(model)
+
+    def on_epoch(row: dict[str, float]) -> None:
+        said.append(row)
+        kept.append(model.get_weights())
+
+    history = training.train(model, store, catalog, spec=SPEC, progress=ruin, on_epoch=on_epoch)
+    assert history.epochs["train_loss"].notna().all()
+    assert history.epochs["val_loss"].isna().tolist() == [False, False, True]
+    assert history.best_epoch == history.epochs["val_loss"].argmin() + 1 < 3
+    assert (history.stopped_early, history.diverged) == (False, True)
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), kept[history.best_epoch - 1], strict=True))

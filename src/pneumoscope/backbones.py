@@ -2,6 +2,7 @@
 
 Owns the registry, each backbone's native scaling, the EfficientNet-Lite0 layers (which Keras does not have), and
 weights: finding, checking, loading and fetching them. Knows nothing of approaches, heads, or what is frozen.
+Keras loads where a network is built, so that whoever only asks for weights waits for no backend.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pneumoscope import _files, _torch_weights
-from pneumoscope._backend import keras
+from pneumoscope import _backend, _files, _torch_weights
 from pneumoscope.errors import SpecError, StoreError, WeightsError
 from pneumoscope.specs import BackboneSpec
 
@@ -100,6 +100,7 @@ def extend(x: Any, spec: BackboneSpec) -> Any:
     WeightsError
         Where the weights are missing, changed, or do not fit.
     """
+    keras = _backend.keras
     backbone = _named(spec.name)
     source = _weights_file(spec)
     scale, offset = (backbone.scale, backbone.offset) if spec.scaling == "native" else _UNIT
@@ -363,6 +364,7 @@ _LITE0_STAGES = (  # blocks, kernel, stride of the first, expansion, channels ou
 
 
 def _lite0(x: Any) -> Any:
+    keras = _backend.keras
     x = _normed(keras.layers.Conv2D(32, 3, 2, "same", use_bias=False, name="stem_conv")(x), "stem")
     for stage, (blocks, kernel, stride, expansion, channels) in enumerate(_LITE0_STAGES, start=1):
         for block in range(blocks):
@@ -373,7 +375,7 @@ def _lite0(x: Any) -> Any:
 
 def _mbconv(x: Any, name: str, kernel: int, stride: int, expansion: int, channels: int) -> Any:
     """Lay one inverted bottleneck: widen, filter each channel by itself, narrow, add the input where it fits."""
-    entry, width = x, x.shape[-1]
+    keras, entry, width = _backend.keras, x, x.shape[-1]
     if expansion > 1:
         x = keras.layers.Conv2D(expansion * width, 1, use_bias=False, name=f"{name}_expand_conv")(x)
         x = _normed(x, f"{name}_expand")
@@ -387,12 +389,14 @@ def _mbconv(x: Any, name: str, kernel: int, stride: int, expansion: int, channel
 
 
 def _normed(x: Any, name: str) -> Any:
+    keras = _backend.keras
     x = keras.layers.BatchNormalization(epsilon=1e-3, name=f"{name}_bn")(x)
     return keras.layers.ReLU(6.0, name=f"{name}_relu")(x)
 
 
 def _set_lite0(graph: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy torch arrays into the Keras layers; both list the same layers in the order in which an image passes them."""
+    keras = _backend.keras
     parts: dict[str, list[NDArray[Any]]] = {}
     for key, array in arrays.items():
         part, _, kind = key.rpartition(".")
@@ -444,7 +448,7 @@ def _from_keras(
     """Describe a network of `keras.applications`; file, size and checksum are those of its publisher."""
 
     def build(x: Any) -> Any:
-        network = getattr(keras.applications, application)
+        network = getattr(_backend.keras.applications, application)
         return network(include_top=False, weights=None, input_tensor=x, **options).output
 
     name, file_name = application.lower(), file.rpartition("/")[2]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pneumoscope import _files, jobs
+from pneumoscope import _files, doctor, jobs
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
 from pneumoscope.narration import Narration
 from pneumoscope.pipeline import Part, begin, command_of, now, parts_of, say_state, task_of
@@ -50,6 +50,7 @@ def submit(
     voice = narration or Narration("silent")
     parts = parts_of(spec, folder, folds=folds, seeds=seeds)
     main = parts[0].run
+    doctor.require(spec, data, executor="slurm", folder=folder)
     Run.create(main.folder, resume=resume)
     with main.lock():
         begun = [part for part in parts if begin(part, resume=resume).status != "finished"]

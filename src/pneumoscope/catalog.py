@@ -35,6 +35,7 @@ SPLITS: Final = ("train", "validation", "calibration", "test")
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
 
+_TELLING: Final = {"image_id": "content", "split": "split", "label": "label", "group": "group", "status": "status"}
 _BLOCK: Final = 1024  # files that wait for a thread at one time: each costs far more memory than its row
 _INTEGERS: Final = {"label": "int8", "width_px": "int64", "height_px": "int64", "file_bytes": "int64"}
 _FORMAT_OF_SUFFIX: Final = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".dcm": "DICOM", ".dicom": "DICOM"}
@@ -285,8 +286,35 @@ class Catalog:
     @property
     def content_hash(self) -> str:
         """SHA-256 over path, image_id, split, label, group and status, whatever the order of rows; 64 digits."""
-        rows = self.table[["path", "image_id", "split", "label", "group", "status"]].itertuples(index=False, name=None)
+        rows = self.table[["path", *_TELLING]].itertuples(index=False, name=None)
         return _files.hash_of({"rows": sorted(map(list, rows))})
+
+    def changes_from(self, earlier: Catalog) -> str:
+        """Say what differs from an earlier Catalog of the same data, whatever the order of rows.
+
+        Parameters
+        ----------
+        earlier : Catalog
+            Scanned and split as this one was, or read back from where it was written.
+
+        Returns
+        -------
+        str
+            How many images were added, removed, or have another content, split, label, group or status, each with the
+            first path: a part of a sentence, without a full stop. Empty where nothing differs.
+        """
+        now, before = (
+            table.assign(path=table["path"].map(_written)).set_index("path") for table in (self.table, earlier.table)
+        )
+        common = now.index[now.index.isin(before.index)]
+        changed = {
+            "added": now.index[~now.index.isin(before.index)],
+            "removed": before.index[~before.index.isin(now.index)],
+        } | {
+            f"with another {what}": common[now.loc[common, name].to_numpy() != before.loc[common, name].to_numpy()]
+            for name, what in _TELLING.items()
+        }
+        return ", ".join(f"{len(paths):,} {what} ({paths[0]})" for what, paths in changed.items() if len(paths))
 
 
 def keras_validation_mask(n: int, *, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -314,6 +342,11 @@ def keras_validation_mask(n: int, *, fraction: float, seed: int) -> npt.NDArray[
 
 
 # --- from files to rows ----------------------------------------------------------------------------------------------
+
+
+def _written(path: str) -> str:
+    """Return a path as a table on the disk has it: bytes that are not UTF-8 spelled out."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _examine(

@@ -83,7 +83,7 @@ class Checkpoint:
 
         Returns
         -------
-        tuple of (dict, mapping of str to ndarray), or None
+        tuple of (dict, mapping of str to ndarray, each of any shape), or None
             As `save` got them; None where there is no whole state.
 
         Raises

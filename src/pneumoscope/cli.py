@@ -7,7 +7,6 @@ load inside the verbs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -406,6 +405,30 @@ def fetch_weights(
         voice.event("fetched", f"{name}: {path}", name=name, path=path)
 
 
+@fetch_app.command("kaggle")
+def fetch_kaggle(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the download; the cache where not given.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Another data set; paultimothymooney/chest-xray-pneumonia else."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download the chest X-rays from Kaggle (2.5 GB; 5 GB until unpacked) and say what came; resumes by itself."""
+    from pneumoscope import kaggle
+
+    voice, name = _voice(as_json), dataset or kaggle.DATASET
+    with voice.bar(name, unit="bytes") as progress:
+        fetched = kaggle.fetch(name, folder=output, progress=progress)
+    rows = [[str(place), *map(str, counts)] for place, *counts in fetched.counts.itertuples(name=None)]
+    voice.table(f"Images in {fetched.folder}", ["folder", *fetched.counts.columns], rows)
+    for sentence in fetched.sentences:
+        voice.say(sentence)
+    voice.event("fetched", f"Next: {fetched.command}", name=name, path=fetched.folder, command=fetched.command)
+
+
 @app.command()
 def cache(
     clean: Annotated[
@@ -432,27 +455,26 @@ def cache(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine can do: backends, devices, weights, space."""
-    from pneumoscope import _backend
+def doctor(
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="The images of a run: what would it lack here?")
+    ] = None,
+    preset: Preset = "default",
+    config: Config = None,
+    settings: Settings = None,
+    executor: Annotated[Executor, typer.Option(help="Where that run would be done.")] = Executor.INLINE,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do: backend, devices, weights, Slurm; with DATA, status 1 where a run lacks some."""
+    spec = _spec(preset, config, settings, None)
+    from pneumoscope import doctor as machine
 
-    _backend.prepare()
-    from pneumoscope import backbones
-
-    voice, machine = _voice(as_json), _backend.describe()
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    voice.say(f"Backend: {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads ({versions}).")
-    rows = [
-        [name, str(backbones.weights_path(name) or f"missing: pneumoscope fetch weights {name}")]
-        for name in backbones.BACKBONES
-    ]
-    voice.table("ImageNet weights", ["backbone", "where"], rows)
-    root = _files.cache_dir()
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    usable = existing.is_dir() and os.access(existing, os.W_OK)
-    writable = "writable" if usable else "NOT WRITABLE: set PNEUMOSCOPE_CACHE"
-    voice.say(f"Cache: {root}, {_files.size_text(free)} free, {writable}.")
+    voice, report = _voice(as_json), machine.look(spec, data, executor=executor.value)
+    for check in report.checks:
+        text = f"{check.name}: {check.text}"
+        voice.event("check", text if check.state == "ok" else f"{text} [{check.state}]", **vars(check))
+    if data is not None:
+        machine.refuse(machine.missing(report))
 
 
 def _spec(preset: str, config: Path | None, settings: list[str] | None, models: str | None) -> Spec:

@@ -410,17 +410,52 @@ def _check_same(target: Run, spec: Spec) -> None:
 
 
 def task_of(target: Run, stage: str, prefix: str = "") -> Task:
-    """Return one stage of a run as a command line with a name."""
+    """Return one stage of a run as a command line with a name.
+
+    Parameters
+    ----------
+    target : Run
+        Which run.
+    stage : str
+        One of `stages.stages_of`, or ``repeats``.
+    prefix : str
+        Before the name.
+
+    Returns
+    -------
+    Task
+    """
     return Task(f"{prefix}{stage}", command_of(target, stage))
 
 
 def command_of(target: Run, stage: str) -> tuple[str, ...]:
-    """Return the command line that does one stage of a run, in any process."""
+    """Return the command line that does one stage of a run, in any process.
+
+    Parameters
+    ----------
+    target : Run
+        Which run.
+    stage : str
+        One of `stages.stages_of`, or ``repeats``.
+
+    Returns
+    -------
+    tuple of str
+        Program and arguments.
+    """
     return (sys.executable, "-m", "pneumoscope", "stage", str(target.folder.absolute()), stage)
 
 
 def say_state(state: State, voice: Narration) -> None:
-    """Say that a job began or ended; of one that failed, where its log is and how it ends."""
+    """Say that a job began or ended; of one that failed, where its log is and how it ends.
+
+    Parameters
+    ----------
+    state : State
+        How it stands with the job.
+    voice : Narration
+        Who speaks.
+    """
     text = f"  {state.name}: {state.state.lower()}"
     if state.reason:
         text += f" ({state.reason})"

@@ -414,6 +414,10 @@ class Spec(_Part):
         source : str
             Where they come from, for the message.
 
+        Returns
+        -------
+        Spec
+
         Raises
         ------
         SpecError

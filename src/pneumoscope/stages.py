@@ -117,8 +117,13 @@ class Job:
         name, _, approach = stage.partition("-")
         work = {"images": self._images, "features": self._features, "evaluate": self._evaluate}.get(name)
         recorded = stage if shard is None else f"{stage}-{shard[0]}"
+        devices = self.spec.train.devices if approach else 1
+        if _backend.process(devices)[0]:  # of several processes that train one model, the first one writes
+            self._train_beside(approach)
+            return
         with self.run.lock(recorded), self._recorded(recorded):
             _backend.prepare(threads=self._threads)
+            _backend.distribute(devices, batch_size=self.spec.train.batch_size)
             if shard is not None:
                 self._features(shard)
             elif work is not None:
@@ -176,9 +181,12 @@ class Job:
             survey.draw_data(catalog, store, self.run, note=note, seed=self.spec.seed)
 
     def _check_same_images(self, catalog: Catalog) -> None:
-        if self.run.read_manifest().get("data_hash", catalog.content_hash) != catalog.content_hash:
+        if not self.run.catalog_path.exists():
+            return
+        changes = catalog.changes_from(Catalog.read(self.run.catalog_path, root=catalog.root))
+        if changes:
             raise RunError(
-                f"{self.run.folder} was begun with other images than {self.data} holds now; "
+                f"{self.run.folder} was begun with other images than {self.data} holds now: {changes}; "
                 "give the same ones to go on, or choose a new folder with -o."
             )
 
@@ -239,12 +247,29 @@ class Job:
                 on_epoch=lambda row: self._say_epoch(name, row),
                 progress=progress,
                 stop=self._stop,
+                say=self.voice.warn,
+            )
+        if history.diverged:
+            self.voice.warn(
+                f"{name} ended with a loss that is no number; the weights of epoch {history.best_epoch}, the best "
+                f"before, are kept; a smaller {name}.learning_rate helps."
             )
         if history.stopped_early:
             self.voice.say(f"  {name}: stopped early, the weights of epoch {history.best_epoch} are kept.")
         self._warn_if_fragile(name, history)
         self._draw_history(name, history)
         _save_model(model, self.run.model_path(name))
+
+    def _train_beside(self, name: str) -> None:
+        """Train along with the first process of several, which keeps what comes of it."""
+        _backend.prepare(threads=self._threads)
+        _backend.distribute(self.spec.train.devices, batch_size=self.spec.train.batch_size)
+        if self.run.model_path(name).exists():
+            return
+        model, checkpoint = models.build(name, self.spec), self.run.checkpoint_path(name)
+        training.train(
+            model, self._seen.store, self._seen.catalog, spec=self.spec, checkpoint=checkpoint, stop=self._stop
+        )
 
     def _draw_history(self, name: str, history: training.History) -> None:
         for kind in ("accuracy", "loss"):

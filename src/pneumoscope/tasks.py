@@ -351,6 +351,18 @@ def exit_status(returncode: int, *, told_to_stop: bool) -> int:
     """Return a process's exit status as a shell has it: 128 + N where signal N ended it.
 
     A command that SIGTERM ended before it could listen lost nothing: told to stop, it counts as `STOPPED`.
+
+    Parameters
+    ----------
+    returncode : int
+        As `subprocess` gives it: negative where a signal ended the process.
+    told_to_stop : bool
+        Whether it had been sent SIGTERM.
+
+    Returns
+    -------
+    int
+        0 to 255.
     """
     if told_to_stop and returncode == -signal.SIGTERM:
         return STOPPED
@@ -358,7 +370,19 @@ def exit_status(returncode: int, *, told_to_stop: bool) -> int:
 
 
 def cannot_start(command: Sequence[str], error: OSError) -> str:
-    """Return the line that a log gets in place of the command's own words."""
+    """Return the line that a log gets in place of the command's own words.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Program and arguments.
+    error : OSError
+        Why it did not start.
+
+    Returns
+    -------
+    str
+    """
     return f"Cannot start {command[0]!r}: {error.strerror or error}; expected a program on the PATH or a full path.\n"
 
 

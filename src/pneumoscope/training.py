@@ -477,8 +477,8 @@ class _Loop:
 
     def take_up(self, state: dict[str, Any], arrays: Arrays) -> None:
         """Go back to a state that `kept` returned."""
-        left, size = len(self.learn.labels) - state["step"] * self.spec.train.batch_size, self.spec.train.batch_size
-        if 0 < left < size:
+        n, size = len(self.learn.labels), self.spec.train.batch_size
+        if state["step"] and n - state["step"] * size < size:
             # TensorFlow rounds otherwise where the first batch that it ever sees is an epoch's last, smaller one; so
             # it sees a whole one first, as in every other training, and what that changes is overwritten below
             self._step(np.arange(size))
