@@ -327,6 +327,13 @@ def test_a_table_that_is_shorter_than_it_says_is_damage() -> None:
     assert (error.reason, str(error)) == ("damaged", "The DICOM file is damaged; get it again.")
 
 
+def test_a_length_that_looks_like_a_type_is_a_length_where_types_are_implicit() -> None:
+    pixels = ramp(height=70, width=145)
+    assert pixels.nbytes.to_bytes(4, "little") == b"LO\0\0"
+    data = film(pixels, syntax=pydicom.uid.ImplicitVRLittleEndian)
+    assert np.array_equal(images.decode(data), images.decode(film(pixels)))
+
+
 def test_unused_bits_do_not_count() -> None:
     pixels = ramp(10)
     overlaid = pixels | np.uint16(0x8400)  # old files hide graphics there

@@ -526,8 +526,9 @@ def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
     own_slurm.forget()
     unknown = subprocess.run(["squeue", "-h", "-t", "all"], capture_output=True, text=True, check=True)
     assert unknown.stdout == ""
-    accounted = {state.name: state.state for state in jobs.states(tmp_path / "jobs")}
-    assert accounted == remembered
+    accounted = {state.name: state for state in jobs.states(tmp_path / "jobs")}
+    assert {name: state.state for name, state in accounted.items()} == remembered
+    assert accounted["killed"].reason == ""  # told by the accounts, not guessed
 
     (own_slurm.stand_in / "sacct").unlink()  # Debian's own is left, which fails without a database
     assert subprocess.run(["sacct"], capture_output=True, check=False).returncode == 1

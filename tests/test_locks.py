@@ -263,8 +263,11 @@ def test_what_was_taken_over_from_a_suspended_machine_stays_taken(folder: Path) 
     second = Other(folder, machine="node8", no_kernel=True)
     assert second.said == "held"
     first.signal(signal.SIGCONT)
-    while first.ask("lost") != "True":
-        pass
+    for _ in range(600):
+        if first.ask("lost") == "True":
+            break
+        time.sleep(0.05)
+    assert first.ask("lost") == "True"
     assert first.end() == 0
     assert_refused(Other(folder, machine="node7", no_kernel=True).said, second.process.pid, "node8")
     assert second.ask("lost") == "False"

@@ -204,7 +204,8 @@ def test_a_kernel_that_float16_cannot_hold_stays_whole() -> None:
     logit.set_weights([logit.get_weights()[0] / 1e6, logit.get_weights()[1]])
     proto, images = onnx_graph.build(model, weights="float16"), pixels(64, 6)
     stored = {constant.name: constant.data_type for constant in proto.graph.initializer}
-    assert stored["head/kernel"] == onnx.TensorProto.FLOAT
+    assert stored["head/kernel"] == onnx.TensorProto.FLOAT  # too large
+    assert stored["logit/kernel"] == onnx.TensorProto.FLOAT  # too small
     assert stored["block1_conv1/kernel/float16"] == onnx.TensorProto.FLOAT16
     assert np.allclose(run(proto, images)["logit"], run_keras(model, images)["logit"], atol=0.02)
 

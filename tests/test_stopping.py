@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from pneumoscope import _stopping
+from pneumoscope import _stopping, pipeline
 from pneumoscope.errors import StoppedEarly, UsageError
+from pneumoscope.narration import Narration
+from pneumoscope.runs import Run
+from pneumoscope.specs import Spec
 
 
 def send(number: signal.Signals) -> None:
@@ -70,3 +77,54 @@ def test_a_signal_that_cannot_be_caught_is_refused_and_leaves_nothing_behind() -
 def test_a_signal_that_this_system_lacks_is_left_out() -> None:
     with _stopping.on_signals("NOSUCH") as stop:
         assert not stop()
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+STAGES = (
+    *(
+        "Reading",
+        "Packing the images",
+        "Auditing",
+        "Drawing",
+        "Running the frozen layers",
+        "Training cnn",
+        "Training tl",
+    ),
+    *("Scoring cnn", "Scoring tl", "Measuring", "Comparing"),
+)
+
+
+class Interrupting(Narration):
+    """Asks the process to stop when a stage of that title begins."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__("silent")
+        self._title = title
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        with super().stage(title):
+            if title.startswith(self._title):
+                send(signal.SIGTERM)
+            yield
+
+
+def scores_of(run: Run) -> dict[str, list[float]]:
+    return {path.name: list(pd.read_csv(path)["y_scores"]) for path in sorted(run.folder.glob("tables/*_yscores.csv"))}
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_every_stage_goes_on_and_ends_as_one_left_alone(tiny_set: Path, tmp_path: Path) -> None:
+    spec = Spec.preset_named("smoke").with_overrides(["models=cnn,tl", "image.size_px=32", "backbone.weights=none"])
+    stopped = Run(tmp_path / "stopped")
+    for title in STAGES:
+        with pytest.raises(StoppedEarly), _stopping.on_signals() as stop:
+            pipeline.run(spec, tiny_set, stopped.folder, resume=True, narration=Interrupting(title), stop=stop)
+        assert stopped.status == "stopped", title
+        assert "run the same command with --resume" in stopped.read_manifest()["error"], title
+    pipeline.run(spec, tiny_set, stopped.folder, resume=True)
+    alone = pipeline.run(spec, tiny_set, tmp_path / "alone")
+    assert stopped.status == "finished"
+    assert len(scores_of(alone)) == 4
+    assert scores_of(stopped) == scores_of(alone)

@@ -22,9 +22,11 @@ PATIENT = """
 import pathlib, signal, sys, time
 here = pathlib.Path(sys.argv[1])
 def stop(number, frame):
-    time.sleep(0.3)
-    with open(here / "kept", "a") as file:
+    with open(here / "heard", "a") as file:
         print(signal.Signals(number).name, file=file)
+    time.sleep(0.3)
+    with open(here / "heard", "a") as file:
+        print("kept", file=file)
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
@@ -119,20 +121,22 @@ def test_the_tail_of_a_log_is_its_last_lines_that_say_something(tmp_path: Path) 
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_wait_for_those_they_need(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("one_s", "part_s"), [("0.1", "0.5"), ("0.5", "0.1")])
+def test_tasks_wait_for_those_they_need(tmp_path: Path, one_s: str, part_s: str) -> None:
     note = "import sys, time; time.sleep(float(sys.argv[2])); print(sys.argv[1], file=open('order', 'a'))"
     code = f"import os; os.chdir({str(tmp_path)!r})\n{note}"
     statuses = run_local(
         [
-            program("slow", code, "slow", "0.5"),
-            program("parts", code, "part", "0.2", copies=2),
-            program("last", code, "last", "0", after=("slow",), after_any=("parts",)),
+            program("one", code, "one", one_s),
+            program("parts", code, "part", part_s, copies=2),
+            program("last", code, "last", "0", after=("one",), after_any=("parts",)),
         ],
         folder=tmp_path / "logs",
         at_once=4,
     )
-    assert statuses == {"slow": 0, "parts.0": 0, "parts.1": 0, "last": 0}
-    assert lines(tmp_path / "order") == ["part", "part", "slow", "last"]
+    assert statuses == {"one": 0, "parts.0": 0, "parts.1": 0, "last": 0}
+    *before, last = lines(tmp_path / "order")
+    assert (sorted(before), last) == (["one", "part", "part"], "last")
 
 
 def test_a_failed_task_leaves_the_others_running_and_holds_back_those_that_need_it(tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_a_wish_to_stop_reaches_the_running_and_nothing_new_begins(tmp_path: Pat
         stop=lambda: (tmp_path / "ready").exists() and (tmp_path / "deaf").exists(),
     )
     assert statuses == {"patient": STOPPED, "deaf": STOPPED}
-    assert lines(tmp_path / "kept") == ["SIGTERM"]
+    assert lines(tmp_path / "heard") == ["SIGTERM", "kept"]
     ends = {state.name: (state.state, state.reason) for state in told if state.ended}
     assert ends == {
         "patient": ("FAILED", "stopped early; run it again to go on"),
@@ -278,7 +282,7 @@ def test_a_signal_is_passed_on_and_the_processes_are_waited_for(tmp_path: Path, 
         os.killpg(caller.pid, number)  # all of the terminal's processes, as Ctrl-C does
         out, _ = caller.communicate(timeout=30)
     assert (out, caller.returncode) == ("{'a': 75}\n", 0)
-    assert lines(tmp_path / "kept") == ["SIGTERM"]
+    assert lines(tmp_path / "heard") == ["SIGTERM", "kept"]
 
 
 STUBBORN = """
@@ -311,7 +315,7 @@ def test_an_error_of_the_caller_leaves_no_process_behind(tmp_path: Path) -> None
 
     with pytest.raises(ZeroDivisionError) as caught:
         run_local([program("a", PATIENT, str(tmp_path))], folder=tmp_path / "logs", at_once=1, on_change=follow)
-    assert lines(tmp_path / "kept") == ["SIGTERM"]
+    assert lines(tmp_path / "heard") == ["SIGTERM", "kept"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(caught.value)), 0)
 

@@ -166,10 +166,15 @@ class _Graph:
         return name
 
     def kernel(self, name: str, values: Array) -> str:
-        """Add a kernel in the chosen precision; where it does not fit into float16, whole."""
-        if not self.half or np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        """Add a kernel in the chosen precision; whole where float16 has no number near its largest ones."""
+        with np.errstate(over="ignore", under="ignore"):
+            short = values.astype(np.float16)
+            error = np.abs(short - values).max(initial=0)
+        if not self.half or error > 2**-11 * np.abs(values).max(
+            initial=0
+        ):  # half of its last bit; infinity if too large
             return self.constant(name, values)
-        self.constant(f"{name}/float16", values, np.float16)
+        self.constant(f"{name}/float16", short, np.float16)
         return self.add("Cast", [f"{name}/float16"], name, to=TensorProto.FLOAT)
 
 
