@@ -517,6 +517,23 @@ def test_folders_whose_disk_tells_nothing_are_only_warned_of(
     )
 
 
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs"])
+def test_folders_on_a_disk_that_all_nodes_see_are_well(
+    kind: str, slurm: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    slurm("sinfo", "echo node1")
+    place = tmp_path / "of all"
+    place.mkdir()
+    mounts = tmp_path / "mountinfo"
+    mounted = str(place).replace(" ", "\\040")
+    mounts.write_text(
+        f"22 1 8:1 / / rw - ext4 /dev/sda rw\n30 22 0:9 / {mounted} rw,relatime shared:4 - {kind} server:/home rw\n",
+        encoding="utf-8",
+    )
+    assert [doctor._file_system(folder, mounts) for folder in (place / "new", tmp_path)] == [kind, "ext4"]
+    assert list(doctor._shared({"The cache": place / "new"}, mounts)) == []
+
+
 def test_a_cluster_of_this_machine_alone_shares_everything(
     slurm: Callable[[str, str], None], in_memory: Path, tiny_set: Path
 ) -> None:

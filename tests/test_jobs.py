@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,7 @@ def test_the_scripts_ask_for_what_the_cluster_spec_says(tmp_path: Path, monkeypa
         "job-name=train", f"output='{folder}/1/%j_0_log.out'", "nodes=2", "gpus-per-node=2",
         "dependency=afterok:pack:features,afterany:features", "kill-on-invalid-dep=yes",
     }  # fmt: skip
+    assert f"# runs {shlex.join(tasks[2].command)}" in found["train"].splitlines()
     python = f"{sys.executable} -u -m submitit.core._submit '{folder}/1'"
     commands = [line for line in found["train"].splitlines() if line and not line.startswith("#")]
     assert commands == [

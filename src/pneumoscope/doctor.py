@@ -39,6 +39,7 @@ _SHARED: Final = frozenset(
 )
 """File systems that several machines see; FUSE brings more of them."""
 
+_MOUNTS: Final = Path("/proc/self/mountinfo")
 _OF_ONE_MACHINE: Final = frozenset({"devtmpfs", "overlay", "ramfs", "tmpfs"})
 
 _CUTS: Final = {  # from so many trainable layers on: the picture is divided by this, and has so many channels
@@ -485,14 +486,14 @@ def _cache() -> Check:
         return Check("Cache", "missing", said, "set PNEUMOSCOPE_CACHE to a folder you may write to")
 
 
-def _shared(places: dict[str, Path]) -> Iterator[Check]:
+def _shared(places: dict[str, Path], mounts: Path = _MOUNTS) -> Iterator[Check]:
     """Ask of each folder whether other nodes see it, where the cluster has other nodes."""
     nodes = set(_answer("sinfo", "--noheader", "--format=%n")[0].split())
     name = socket.gethostname()
     if not nodes - {name, name.partition(".")[0], "localhost"}:
         return
     for what, path in places.items():
-        kind, place = _file_system(path), path.absolute()
+        kind, place = _file_system(path, mounts), path.absolute()
         scratch = any(place.is_relative_to(folder) for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"))
         if kind in _SHARED or kind.startswith("fuse"):
             continue
@@ -505,10 +506,10 @@ def _shared(places: dict[str, Path]) -> Iterator[Check]:
             yield Check("Shared", "warn", said, f"if they do not, {remedy} on a disk that all nodes see")
 
 
-def _file_system(path: Path) -> str:
+def _file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     """Return the kind of file system that a path is on, empty where the system does not say."""
     place, best = _existing(path.absolute()).resolve(), ("", "")
-    for line in _text(Path("/proc/self/mountinfo")).splitlines():
+    for line in _text(mounts).splitlines():
         before, _, after = line.partition(" - ")
         mount = before.split()[4].encode().decode("unicode_escape")  # a blank stands as \040
         if place.is_relative_to(mount) and len(mount) >= len(best[0]):

@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -251,7 +252,12 @@ def _executor(task: Task, *, target: Path, cluster: ClusterSpec, ids: Mapping[st
         additional_parameters=ours | extra,
         # srun of Slurm 22.05 to 23.02 does not take the cores over from the job
         srun_args=[f"--cpus-per-task={extra.get('cpus_per_task', cluster.cpus)}", "--kill-on-bad-exit=1"],
-        setup=[*cluster.setup, f"export SUBMITIT_PREEMPT_SIGNAL={cluster.signal}"],
+        # the script starts submitit, which starts the command: the comment tells a reader which
+        setup=[
+            *cluster.setup,
+            f"export SUBMITIT_PREEMPT_SIGNAL={cluster.signal}",
+            f"# runs {shlex.join(task.command)}",
+        ],
     )
     return executor
 

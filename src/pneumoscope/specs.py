@@ -310,8 +310,8 @@ class ClusterSpec(_Part):
         How often a job may run into its time limit before it is given up.
     setup : tuple of str
         Lines of shell before the job's command, such as ``module load`` or ``source .venv/bin/activate``.
-    extra : dict of str to str or int
-        Further ``sbatch`` parameters, without the dashes, such as ``qos``.
+    extra : dict of str to str, int or bool
+        Further ``sbatch`` parameters, without the dashes, such as ``qos``; true for one that has no value.
     """
 
     partition: str = ""
@@ -327,7 +327,7 @@ class ClusterSpec(_Part):
     requeue: bool = True
     requeues: int = Field(default=20, ge=0)
     setup: tuple[str, ...] = ()
-    extra: dict[str, str | int] = Field(default_factory=dict)
+    extra: dict[str, str | int | bool] = Field(default_factory=dict)
 
 
 class Spec(_Part):
