@@ -240,6 +240,12 @@ def test_a_process_on_another_machine_is_known_to_live_by_its_beats(no_kernel: b
     assert other.ask("lost") == "False"
 
 
+def test_a_machine_that_was_suspended_still_holds_where_its_kernel_lock_reaches(folder: Path) -> None:
+    other = Other(folder, machine="node7")
+    other.signal(signal.SIGSTOP)
+    assert_refused(Other(folder, at_once=True).said, other.process.pid, "node7")
+
+
 @seccomp
 def test_what_another_machine_gave_back_is_free_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Other(folder, machine="node7", no_kernel=True).end() == 0

@@ -71,10 +71,9 @@ class Lease:
     def _release(self) -> None:
         self._done.set()
         self._thread.join()
-        if self._path.exists():
-            # on a full disk the lease stays as it is, and is found dead by the next process
-            with contextlib.suppress(PneumoscopeError):
-                _files.write_json(self._path, self._record | {"released": True})
+        # on a full disk the lease stays as it is, and is found dead by the next process
+        with contextlib.suppress(PneumoscopeError):
+            _files.write_json(self._path, self._record | {"released": True})
 
 
 @contextmanager

@@ -283,14 +283,15 @@ def _elements(
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import data_element_generator
 
+    wanted = [tag_for_keyword(keyword) for keyword in keywords]
     found = data_element_generator(
         stream,
         is_implicit_VR=implicit,
         is_little_endian=little,
         stop_when=None if group is None else lambda tag, vr, length: tag >> 16 != group,
-        specific_tags=[tag_for_keyword(keyword) for keyword in keywords],
+        specific_tags=wanted,
     )
-    return {element.tag: element for element in found}
+    return {element.tag: element for element in found if element.tag in wanted}  # pydicom adds the character set
 
 
 def _is_cut(stream: io.BytesIO, found: Mapping[Any, Any]) -> bool:

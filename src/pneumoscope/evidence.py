@@ -71,7 +71,17 @@ class Grid:
     step_px: float
 
     def cell_of(self, n_pixels: int, n_cells: int) -> npt.NDArray[np.intp]:
-        """Return the number of the nearest cell for each pixel along an axis, shape (n_pixels,)."""
+        """Return the number of the nearest cell for each pixel along an axis.
+
+        Parameters
+        ----------
+        n_pixels, n_cells : int
+            Along the axis.
+
+        Returns
+        -------
+        ndarray of intp, shape (n_pixels,)
+        """
         nearest = np.rint((np.arange(n_pixels) - self.first_px) / self.step_px)
         return np.asarray(np.clip(nearest, 0, n_cells - 1), dtype=np.intp)
 

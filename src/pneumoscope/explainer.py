@@ -40,6 +40,8 @@ class Explanation(keras.layers.Layer):  # type: ignore[misc]  # Keras ships no t
         The linear layer that makes ``logit``; shared with the model.
     flat : bool
         Whether `hidden` sees every cell (after Flatten) or only each channel's mean (after average pooling).
+    **options
+        As for any Keras layer, such as ``name``.
     """
 
     def __init__(self, hidden: Any, final: Any, *, flat: bool, **options: Any) -> None:
