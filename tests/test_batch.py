@@ -373,13 +373,13 @@ def test_the_script_of_the_documentation_goes_on_after_a_warning(tiny_set: Path,
         ["sbatch", "--parsable", tmp_path / "own.sbatch"], capture_output=True, text=True, check=True
     ).stdout.strip()
     wait_until(lambda: Run(folder).read_stages().get("train-cnn", {}).get("epoch", 0) >= 2, what=log)
-    subprocess.run(["scancel", "--batch", "--signal=TERM", job], check=True)  # what Slurm does before the limit
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)  # what Slurm does before the limit
     wait_until(lambda: "Stopped in epoch" in log.read_text(), what=log)
     wait_until(lambda: Run(folder).status == "finished", what=log)
 
 
 def wait_until(true: Callable[[], bool], *, what: Path) -> None:
-    until = time.monotonic() + 300
+    until = time.monotonic() + 200
     while not true():
         assert time.monotonic() < until, what.read_text() if what.exists() else f"{what} was never written"
         time.sleep(0.5)
