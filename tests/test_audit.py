@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from pneumoscope import _files, appearance, phantom
-from pneumoscope.audit import ALLOWABLE, FINDINGS, MAX_EXAMPLES, Audit, Finding, audit, kaggle_facts
+from pneumoscope.audit import FINDINGS, MAX_EXAMPLES, Audit, Finding, audit, kaggle_facts
 from pneumoscope.catalog import COLUMNS, Catalog
 from pneumoscope.errors import DataError, SpecError
-from pneumoscope.specs import Spec
+from pneumoscope.specs import ALLOWABLE, Spec
 from pneumoscope.store import ImageStore
 
 Grey = npt.NDArray[np.uint8]
@@ -312,7 +312,7 @@ def test_a_set_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     report = audit(catalog, store)
     assert_refused(report, "class-missing")
     assert found(report)["class-missing"].sentence == (
-        "No image can be used: there is nothing to learn from or to measure; JPEG and PNG images are expected."
+        "No image can be used: there is nothing to learn from or to measure; JPEG, PNG and DICOM images are expected."
     )
     assert found(report)["unreadable"].count == 2
     assert len(report.measures) == 0

@@ -522,7 +522,7 @@ def test_folders_on_a_disk_that_all_nodes_see_are_well(
     kind: str, slurm: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     slurm("sinfo", "echo node1")
-    place = tmp_path / "of all"
+    place = tmp_path / "für alle"
     place.mkdir()
     mounts = tmp_path / "mountinfo"
     mounted = str(place).replace(" ", "\\040")

@@ -109,9 +109,10 @@ def test_synthetic_children_fill_most_of_their_picture() -> None:
 
 
 def test_shares_tell_where_evidence_lies_whatever_its_sign() -> None:
-    images = np.zeros((4, SIDE, SIDE), dtype=np.uint8)
+    images = np.zeros((5, SIDE, SIDE), dtype=np.uint8)
     images[:, 4:28, 4:28] = 200
-    maps = np.stack([map_with(c11=1), map_with(c00=-3), np.ones((4, 4), dtype=np.float32), map_with()])
+    even = np.ones((4, 4), dtype=np.float32)
+    maps = np.stack([map_with(c11=1), map_with(c00=-3), even, map_with(), map_with(c00=-1, c22=1)])
     shares = evidence.shares(images, maps, grid=EVEN, border_px=2, corner_px=4)
     assert shares.border_area == pytest.approx(1 - (28 / 32) ** 2)
     assert shares.corners_area == pytest.approx(4 * 16 / 1024)
@@ -125,6 +126,7 @@ def test_shares_tell_where_evidence_lies_whatever_its_sign() -> None:
         assert values[1] > 1.5 * area  # the corner
         assert values[2] == pytest.approx(area)  # spread evenly
         assert np.isnan(values[3])  # nothing has no place
+        assert 0.25 * values[1] < values[4] < values[1]  # one speaks against the other, both count
     # of the corner's map, 3.5 pixels are full and 8 fall to 0, along each axis
     line = np.clip(1 - (np.arange(SIDE) - 3.5) / 8, 0, 1)
     assert shares.border[1] == pytest.approx(1 - (line[2:].sum() / line.sum()) ** 2)

@@ -216,14 +216,14 @@ def test_a_later_process_of_the_same_number_is_not_taken_for_the_holder(folder: 
     assert Other(folder, no_kernel=True, at_once=True).said == "held"
 
 
-@seccomp
-def test_a_process_of_another_container_is_judged_by_its_beats(folder: Path) -> None:
-    other = Other(folder, no_kernel=True)
-    other.signal(signal.SIGKILL)
+@both_ways
+def test_a_process_of_another_container_is_judged_by_the_kernel_or_by_its_beats(no_kernel: bool, folder: Path) -> None:
+    Other(folder, no_kernel=no_kernel).signal(signal.SIGKILL)
     lease = folder / "run.1.json"
     lease.write_text(json.dumps(json.loads(lease.read_text()) | {"process": "pid:[1] 55"}))
-    assert "waited" in crash(folder, no_kernel=True, at_once=True)
-    assert Other(folder, no_kernel=True).said == "held"
+    if no_kernel:
+        assert "waited" in crash(folder, no_kernel=True, at_once=True)
+    assert Other(folder, no_kernel=no_kernel, at_once=not no_kernel).said == "held"
 
 
 def crash(folder: Path, **options: Any) -> str:

@@ -43,7 +43,7 @@ def livened(model: Any) -> Any:
             for at in range(len(weights) - 2):  # gamma and beta, where it has them; then mean and variance
                 weights[at] = weights[at] + rng.uniform(-0.3, 0.3, weights[at].shape)
             layer.set_weights(weights)
-        elif isinstance(layer, layers.Dense):
+        elif getattr(layer, "use_bias", False):  # a convolution or a dense layer
             kernel, bias = layer.get_weights()
             layer.set_weights([kernel, bias + rng.uniform(-0.5, 0.5, bias.shape)])
     model(pixels(model.input.shape[1], 8)[..., None], training=True)
@@ -91,7 +91,7 @@ def assert_alike(model: Any, *, n: int = 8, atol: float = 1e-4) -> onnx.ModelPro
         assert ours[name].dtype == np.float32
         assert ours[name].shape == expected.shape
         assert np.allclose(ours[name], expected, rtol=1e-3, atol=atol), (name, np.abs(ours[name] - expected).max())
-    assert np.abs(ours["score"] - theirs["score"]).max() <= 1e-5
+    assert np.abs(ours["score"] - theirs["score"]).max() <= atol / 10
     assert np.abs(theirs["bias"]).min() > 1e-3
     assert theirs["logit"].std() > 1e-2
     assert (np.abs(theirs["evidence"]).max(axis=(1, 2)) > 1e-3).all()
@@ -131,7 +131,7 @@ def test_a_pretrained_backbone_scores_alike_on_64_images(approach: str) -> None:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in backbones.BACKBONES]
 )
 def test_every_backbone_can_be_written(name: str) -> None:
-    """At 96 px, so that the map has 3 x 3 cells."""
+    """At 96 px, so that the map has 3 x 3 cells; random weights carry roundings further than trained ones."""
     spec = RANDOM.with_overrides([f"backbone.name={name}", "image.size_px=96"])
     assert_alike(livened(models.build("tl", spec)), atol=1e-3)
 

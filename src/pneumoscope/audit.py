@@ -18,7 +18,7 @@ import pandas as pd
 from pneumoscope import appearance
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, SpecError
-from pneumoscope.specs import LABELS
+from pneumoscope.specs import ALLOWABLE, LABELS
 from pneumoscope.store import ImageStore
 
 FINDINGS: Final[Mapping[str, str]] = {
@@ -44,9 +44,6 @@ FINDINGS: Final[Mapping[str, str]] = {
     "kaggle-facts": "files that are named as in the Kaggle set",
 }
 """Name of each finding -> what its ``count`` counts, in the order in which findings of one severity stand."""
-
-ALLOWABLE: Final = ("content-across-validation", "group-across-validation", "two-labels")
-"""Errors that ``audit.allow`` may name. What reaches into test is never allowed, nor is a set that lacks a class."""
 
 CONSTANT_CONTRAST: Final = 5.0
 """Grey levels (standard deviation); the flattest of 5,206 real images has 19.9."""
@@ -305,7 +302,7 @@ def _labels(rows: pd.DataFrame, allow: Sequence[str]) -> Iterator[Finding]:
 def _classes(catalog: Catalog) -> Iterator[Finding]:
     counts = catalog.counts()
     if counts.empty:
-        text = "No image can be used: there is nothing to learn from or to measure; JPEG and PNG images are expected."
+        text = "No image can be used: there is nothing to learn from or to measure; JPEG, PNG and DICOM images are expected."
         yield Finding("class-missing", "error", len(LABELS), text)
         return
     missing = [(str(split), label) for split in counts.index for label in LABELS if not counts.at[split, label]]

@@ -492,7 +492,7 @@ def _spec(preset: str, config: Path | None, settings: list[str] | None, models: 
 
 def _allowing(spec: Spec, findings: list[str] | None) -> Spec:
     wanted = dict.fromkeys([*spec.audit.allow, *(findings or [])])  # each once, in order
-    return spec.with_overrides([f"audit.allow={json.dumps(list(wanted))}"])
+    return spec.with_overrides([f"audit.allow={json.dumps(list(wanted))}"], source="--allow")
 
 
 def minutes_of(time: str) -> int:

@@ -511,7 +511,7 @@ def _file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     place, best = _existing(path.absolute()).resolve(), ("", "")
     for line in _text(mounts).splitlines():
         before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")  # a blank stands as \040
+        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])  # a blank stands as \040
         if place.is_relative_to(mount) and len(mount) >= len(best[0]):
             best = (mount, after.split()[0])
     return best[1]

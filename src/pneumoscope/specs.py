@@ -26,6 +26,9 @@ TITLES: Mapping[str, str] = MappingProxyType(
 )
 """The approaches' names for people."""
 
+ALLOWABLE: tuple[str, ...] = ("content-across-validation", "group-across-validation", "two-labels")
+"""Errors that ``audit.allow`` may name. What reaches into test is never allowed, nor is a set that lacks a class."""
+
 LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
 """Label names; the index is the class: 0 and 1."""
 
@@ -214,7 +217,17 @@ class AuditSpec(_Part):
         Names of findings.
     """
 
-    allow: tuple[Literal["content-across-validation", "group-across-validation", "two-labels"], ...] = ()
+    allow: tuple[str, ...] = ()
+
+    @field_validator("allow")
+    @classmethod
+    def _allowable(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if set(names) - set(ALLOWABLE):
+            raise ValueError(
+                f"only {', '.join(ALLOWABLE)} can be allowed: what reaches into test never is, and other findings "
+                "stop no run"
+            )
+        return names
 
 
 class EvaluationSpec(_Part):
