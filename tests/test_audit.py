@@ -312,7 +312,7 @@ def test_a_set_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     report = audit(catalog, store)
     assert_refused(report, "class-missing")
     assert found(report)["class-missing"].sentence == (
-        "No image can be used: there is nothing to learn from or to measure; JPEG, PNG and DICOM images are expected."
+        "No image can be used, so nothing can be learned or measured; JPEG, PNG and DICOM images are expected."
     )
     assert found(report)["unreadable"].count == 2
     assert len(report.measures) == 0

@@ -749,8 +749,8 @@ def test_allowing_adds_to_what_the_preset_allows(data: Path, tmp_path: Path, cal
 def test_what_cannot_be_allowed_is_named(name: str, data: Path, refused: Callable[..., str]) -> None:
     text = refused("audit", data, "--preset", "smoke", "--allow", name, status=2)
     assert text == (
-        f"--allow: audit.allow = [{name!r}] is not valid: only {', '.join(ALLOWABLE)} can be allowed: what reaches into "
-        "test never is, and other findings stop no run; change it."
+        f"--allow: audit.allow = [{name!r}] is not valid: only {', '.join(ALLOWABLE)} can be allowed: what reaches "
+        "into test never is, and other findings stop no run; change it."
     )
 
 

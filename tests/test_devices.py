@@ -77,10 +77,8 @@ again = inference.load_model(out / f"{index}.keras", approach="cnn", spec=spec)
 assert all(np.array_equal(a, b) for a, b in zip(weights(model).values(), weights(again).values(), strict=True))
 
 def extracted(cache):
-    rows = store.rows_of(catalog.rows("test"))
-    found = features.extract(
-        model, ["block1_pool"], store=store, rows=rows, learned=rows, spec=spec, cache=cache, progress=None
-    )
+    rows, fresh = store.rows_of(catalog.rows("test")), models.build("cnn", spec)
+    found = features.extract(fresh, ["block1_pool"], store=store, rows=rows, learned=rows, spec=spec, cache=cache)
     return np.array(found["block1_pool"].views[0])
 
 stored = extracted(out / "features")

@@ -247,7 +247,7 @@ def test_the_hash_follows_the_content() -> None:
         ),
         (
             "audit.allow=two-label",
-            "--set: audit.allow = ['two-label'] is not valid: only content-across-validation, group-across-validation, ",
+            "audit.allow = ['two-label'] is not valid: only content-across-validation, group-across-validation, ",
         ),
         ("split.fold=0", "--set: split.fold = 0 is not valid: input should be greater than or equal to 1; change it."),
         (

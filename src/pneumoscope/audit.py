@@ -302,7 +302,7 @@ def _labels(rows: pd.DataFrame, allow: Sequence[str]) -> Iterator[Finding]:
 def _classes(catalog: Catalog) -> Iterator[Finding]:
     counts = catalog.counts()
     if counts.empty:
-        text = "No image can be used: there is nothing to learn from or to measure; JPEG, PNG and DICOM images are expected."
+        text = "No image can be used, so nothing can be learned or measured; JPEG, PNG and DICOM images are expected."
         yield Finding("class-missing", "error", len(LABELS), text)
         return
     missing = [(str(split), label) for split in counts.index for label in LABELS if not counts.at[split, label]]
