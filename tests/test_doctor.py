@@ -163,6 +163,11 @@ def test_a_check_is_found_by_its_name() -> None:
         report.of("Luck")
 
 
+def test_an_error_that_names_no_next_step_is_told_whole() -> None:
+    assert doctor._as_missing("Data", PneumoscopeError("Nothing is left.")).text == "Nothing is left."
+    assert doctor._as_missing("Data", PneumoscopeError("A; b; do c.")) == Check("Data", "missing", "A; b", "do c")
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
