@@ -144,7 +144,7 @@ def test_a_failed_task_leaves_the_others_running_and_holds_back_those_that_need_
     statuses = run_local(
         [
             program("good", "print('fine')"),
-            program("bad", "import sys; print('so far'); sys.exit('It broke.')"),
+            program("bad", "import sys; print('so far', flush=True); sys.exit('It broke.')"),
             program("parts", "import sys; sys.exit({copy})", copies=2),
             program("child", "print('never')", after=("good", "bad")),
             program("grandchild", "print('never')", after=("child",)),
