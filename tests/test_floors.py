@@ -29,7 +29,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]
 BACKENDS = {"tensorflow", "jax", "jaxlib", "torch"}
-KERAS_FREE = ("metrics", "comparison", "shift", "scorecard", "audit", "shortcut", "figures", "report", "serving")
+KERAS_FREE = (
+    "metrics",
+    "comparison",
+    "shift",
+    "scorecard",
+    "audit",
+    "shortcut",
+    "figures",
+    "evidence",
+    "report",
+    "serving",
+)
 MAX_LINES = 600
 
 
