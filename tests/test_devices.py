@@ -239,9 +239,10 @@ def test_devices_of_one_process_share_every_batch_and_train_as_one_does(place: P
     (outcome,) = place.run("together", simulated(4), devices=4, stops=0)
     assert_same_training(alone, outcome)
     assert (alone.placed, outcome.placed) == (1, 4)
-    # 38 images to learn from, 10 to validate with and 16 to test with, in batches of 8: those of 6 and 2 are not shared
-    assert alone.seen == [[2, 2], [6, 6], [8, 8]]
-    assert outcome.seen == [[2, 2], [6, 6], [8, 2]]
+    # of a batch, a device sees: 38 images to learn from and 10 to validate with, by 8, leave 6 and 2, which 4 devices
+    # cannot share; features are of 16 at once
+    assert alone.seen == [[2, 2], [6, 6], [8, 8], [16, 16]]
+    assert outcome.seen == [[2, 2], [6, 6], [8, 2], [16, 4]]
     assert outcome.stopped == STOPPED
 
 
@@ -251,7 +252,7 @@ def test_tasks_of_slurm_find_one_another_and_train_as_one_device_does(place: Pla
     assert first.rows == second.rows
     assert all(np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays)
     assert first.placed == second.placed == 2
-    assert first.seen == [[2, 1], [6, 3], [8, 4]]
+    assert first.seen == [[2, 1], [6, 3], [8, 4], [16, 8]]
     assert first.stopped == second.stopped == STOPPED  # though only the second was asked to
     assert (first.written, second.written) == (True, False)
 
