@@ -25,6 +25,11 @@ from pneumoscope.specs import Spec
 
 pytest_plugins = "slurm_local"
 
+
+def alive(folder: Path) -> bool:
+    return not all(state.ended for state in jobs.states_if_any(folder))
+
+
 SETTINGS = ["backbone.weights=none", "train.threads=1", "cluster.cpus=1", "cluster.mem_gb=2", "cluster.time_min=10"]
 SPEC = Spec.preset_named("smoke").with_overrides(SETTINGS)
 
@@ -109,6 +114,21 @@ def test_a_run_without_jobs_is_told(tmp_path: Path, verb: Callable[..., None]) -
     message = f"^No batch jobs were submitted for {tmp_path}; that is what run --executor slurm does.$"
     with pytest.raises(RunError, match=message):
         verb(tmp_path, narration=Narration("silent"))
+
+
+def test_jobs_that_cannot_be_asked_for_here_are_not_taken_for_gone(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = begun(tmp_path / "run", tiny_set)
+    job = {"name": "images", "job_id": "1", "log": "1/1_0_log.out", "submitted_at": pipeline.now()}
+    _files.write_json(run.jobs_folder / "jobs.json", {"jobs": [job]})
+    message = (
+        f"^Whether the batch jobs of {run.folder} still run cannot be asked here \\(squeue is not on the PATH\\); go "
+        f"on where they were submitted, or, where they are gone for certain, delete {run.jobs_folder}.$"
+    )
+    with pytest.raises(RunError, match=message):
+        pipeline.run(SPEC, tiny_set, run.folder, resume=True)
 
 
 def test_a_stage_that_there_is_not_is_told(tmp_path: Path) -> None:
@@ -320,7 +340,7 @@ def test_jobs_in_the_queue_keep_others_from_the_run_until_they_are_cancelled(tin
     done = command(tmp_path, "jobs", str(folder), "cancel")
     assert done.stdout == f"Cancelled. The run in {folder} goes on with the same command and --resume.\n"
     until = time.monotonic() + 30
-    while jobs.alive(folder / "jobs") and time.monotonic() < until:
+    while alive(folder / "jobs") and time.monotonic() < until:
         time.sleep(0.2)
     assert Run(folder).status == "stopped"
     command(tmp_path, *words)

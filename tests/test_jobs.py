@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 pytest_plugins = "slurm_local"
 
+
+def alive(folder: Path) -> bool:
+    return not all(state.ended for state in jobs.states_if_any(folder))
+
+
 SMALL = ClusterSpec(time_min=5, cpus=1, mem_gb=0.25)
 
 # Goes on where it was kept, else says that it runs and waits to be told to stop. Notes each signal that it hears.
@@ -76,7 +81,7 @@ def scancel(*words: str) -> None:
 
 def followed(folder: Path) -> dict[str, State]:
     """The last state of each job, once all have ended."""
-    until(lambda: not jobs.alive(folder))
+    until(lambda: not alive(folder))
     return {state.name: state for state in jobs.states(folder)}
 
 
@@ -214,7 +219,7 @@ def test_without_slurm_the_files_tell_what_they_can(earlier: Path) -> None:
     assert (bad.state, bad.exit_status, bad.tail) == ("FAILED", 3, ("It broke.",))
     assert (unknown.state, unknown.reason, unknown.ended) == ("UNKNOWN", "squeue is not on the PATH", False)
     assert unknown.log == earlier / "1" / "9_0_log.out"
-    assert jobs.alive(earlier)  # as far as anyone can tell
+    assert alive(earlier)  # as far as anyone can tell
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +244,7 @@ def test_without_slurm_nothing_is_cancelled(earlier: Path) -> None:
 
 
 def test_a_folder_without_jobs_says_so(tmp_path: Path) -> None:
-    assert not jobs.alive(tmp_path)
+    assert not alive(tmp_path)
     for call in (jobs.states, jobs.cancel, jobs.wait):
         with pytest.raises(PneumoscopeError) as caught:
             call(tmp_path)
@@ -307,7 +312,7 @@ def test_jobs_run_in_order_and_a_failed_one_holds_back_only_those_that_need_it(t
     dry = jobs.scripts(tasks, folder=folder, cluster=SMALL)
     submitted = jobs.submit(tasks, folder=folder, cluster=SMALL)
     told: list[State] = []
-    assert jobs.alive(folder)
+    assert alive(folder)
     with pytest.raises(PneumoscopeError) as caught:
         jobs.submit(tasks, folder=folder, cluster=SMALL)
     assert re.fullmatch(
@@ -315,7 +320,7 @@ def test_jobs_run_in_order_and_a_failed_one_holds_back_only_those_that_need_it(t
         str(caught.value),
     )
     ends = {state.name: state for state in jobs.wait(folder, every_s=0.3, on_change=told.append)}
-    assert not jobs.alive(folder)
+    assert not alive(folder)
 
     names = ["first", "bad", "stopped", "nowhere", "parts.0", "parts.1", "parts.2", "child", "later", "last"]
     assert [job.name for job in submitted] == names == list(ends)

@@ -79,7 +79,7 @@ def test_every_training_image_is_held_out_once_validation_and_calibration_alike(
 
 def test_the_pooled_and_the_folds_areas_are_scikit_learns(tmp_path: Path) -> None:
     runs = fold_runs(tmp_path)
-    content = repeats.cross_validated(runs, spec=FAST)
+    content = repeats.cross_validated(runs, repeats.out_of_fold(runs), spec=FAST)
     labels, fold_of = np.arange(N) % 2, np.arange(N) // 2 % 3
     for model in SPEC.models:
         found = content["models"][model]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,35 @@ def test_a_signal_ends_the_work_where_it_stands(name: str) -> None:
 
 
 def test_patient_work_is_told_and_goes_on_until_it_asks() -> None:
-    with _stopping.on_signals() as stop, _stopping.patient():
-        assert not stop()
+    asked: list[bool] = []
+
+    def work(stop: Callable[[], bool]) -> None:
+        asked.append(stop())
         send(signal.SIGTERM)
-        assert stop()
+        asked.append(stop())
+        raise ZeroDivisionError  # its own way to end
+
+    with pytest.raises(ZeroDivisionError), _stopping.on_signals() as stop, _stopping.patient():
+        work(stop)
+    assert asked == [False, True]
+
+
+def test_patient_work_that_ends_without_asking_again_is_stopped_after_it() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with _stopping.patient():
+            with _stopping.patient():
+                send(signal.SIGTERM)
+            done.append("inner")  # still within patient work
+        done.append("outer")
+
+    with pytest.raises(StoppedEarly, match="run the same command with --resume"), _stopping.on_signals():
+        work()
+    assert done == ["inner"]
+    with _stopping.on_signals(), _stopping.patient():
+        done.append("a wish of earlier work is not this one's")
+    assert len(done) == 2
 
 
 def test_impatience_comes_back_after_patient_work_that_failed() -> None:
@@ -45,18 +70,24 @@ def test_impatience_comes_back_after_patient_work_that_failed() -> None:
             send(signal.SIGTERM)
 
 
+def twice(number: signal.Signals, done: list[str]) -> None:
+    send(number)
+    send(number)
+    done.append("went on")
+
+
 def test_a_second_interrupt_from_the_keyboard_is_not_put_off() -> None:
-    with _stopping.on_signals(), _stopping.patient():
-        send(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt), _stopping.on_signals(), _stopping.patient():
+        twice(signal.SIGINT, done)
+    assert not done
 
 
 def test_a_second_request_of_a_cluster_is_put_off_like_the_first() -> None:
-    with _stopping.on_signals() as stop, _stopping.patient():
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
-        assert stop()
+    done: list[str] = []
+    with pytest.raises(StoppedEarly), _stopping.on_signals(), _stopping.patient():
+        twice(signal.SIGTERM, done)
+    assert done
 
 
 def test_handlers_are_given_back() -> None:

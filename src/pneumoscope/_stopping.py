@@ -14,18 +14,28 @@ from typing import Any
 
 from pneumoscope.errors import StoppedEarly, UsageError
 
+_SENTENCE = "Stopped on request; run the same command with --resume."
 _patient = 0
+_put_off = False  # a wish that came while work was patient
 
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Say that the work inside asks by itself whether to stop, and keeps its state first."""
+    """Say that the work inside asks by itself whether to stop, and keeps its state first.
+
+    Raises
+    ------
+    StoppedEarly
+        Where the work ended without asking once more after the wish came.
+    """
     global _patient
     _patient += 1
     try:
         yield
     finally:
         _patient -= 1
+    if _put_off and not _patient:
+        raise StoppedEarly(_SENTENCE)
 
 
 @contextmanager
@@ -51,15 +61,18 @@ def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
     UsageError
         Where a name is that of a signal that cannot be caught.
     """
-    wished = False
+    global _put_off
+    wished = _put_off = False
 
     def wish(number: int, _: FrameType | None) -> None:
+        global _put_off
         nonlocal wished
         if wished and number == signal.SIGINT:
             raise KeyboardInterrupt
         wished = True
         if not _patient:
-            raise StoppedEarly("Stopped on request; run the same command with --resume.")
+            raise StoppedEarly(_SENTENCE)
+        _put_off = True
 
     before: dict[signal.Signals, Any] = {}
     try:
@@ -73,5 +86,6 @@ def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
                 raise UsageError(f"SIG{name} cannot be caught; name another signal, such as USR2.") from error
         yield lambda: wished
     finally:
+        _put_off = False
         for number, handler in before.items():
             signal.signal(number, handler)

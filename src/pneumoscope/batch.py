@@ -75,7 +75,7 @@ def submit(
 
 
 def scripts(spec: Spec, data: Path, folder: Path, *, folds: int = 0, seeds: int = 1) -> dict[str, str]:
-    """Return what ```submit``` would submit, and submit nothing.
+    """Return what `submit` would submit, and submit nothing.
 
     Parameters
     ----------
@@ -136,13 +136,22 @@ def follow(folder: Path, *, narration: Narration) -> None:
     """
     target = Run(folder)
     _states(target)
-    jobs.wait(target.jobs_folder, on_change=lambda state: say_state(state, narration))
+    ended = jobs.wait(target.jobs_folder, on_change=lambda state: say_state(state, narration))
+    failed = [state.name for state in ended if not state.well]
+    if target.status == "finished" and failed:  # of its folds or further seeds
+        raise RunError(
+            f"The run in {folder} is finished, but {', '.join(failed)} did not end well; 'pneumoscope jobs {folder}' "
+            "shows why; mend that and run the same command with --resume."
+        )
     if target.status == "finished":
         narration.say(f"Everything is in {folder}; the figures of merit are in {target.metrics_path}.")
         return
     reason = target.read_manifest().get("error") or "its last job left no reason"
     kind = StoppedEarly if target.status == "stopped" else RunError
-    raise kind(f"The run in {folder} is {target.status}: {reason} 'pneumoscope jobs {folder}' shows every job.")
+    raise kind(
+        f"The run in {folder} is {target.status}: {reason} 'pneumoscope jobs {folder}' shows every job; "
+        "the same command with --resume goes on."
+    )
 
 
 def cancel(folder: Path, *, narration: Narration) -> None:

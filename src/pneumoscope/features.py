@@ -108,7 +108,9 @@ def extract(
     missing = [_unfinished(one) for one in targets]
     size = sum(np.prod(_shape(model, name, len(rows_of[view]))) for view, one in enumerate(missing) for name in one)
     if size:
-        _files.require_space(root, int(size) * np.dtype(spec.features.dtype).itemsize, what="Storing the features")
+        copies = 1 if parts == 1 else 2  # parts stand beside the whole until it is put together
+        needed = copies * int(size) * np.dtype(spec.features.dtype).itemsize
+        _files.require_space(root, needed, what="Storing the features")
     total, before = sum(map(len, rows_of)), 0
     for view, chosen in enumerate(rows_of):
 

@@ -178,7 +178,7 @@ def submit(tasks: Sequence[Task], *, folder: Path, cluster: ClusterSpec) -> list
             "There is no Slurm here (sbatch is not on the PATH); go to a node of the cluster from which jobs are "
             "submitted, or run the tasks as local processes."
         )
-    living = [state for state in _states_if_any(folder) if not state.ended]
+    living = [state for state in states_if_any(folder) if not state.ended]
     if living:
         raise PneumoscopeError(
             f"{folder} has jobs that have not ended ({living[0].name} is {living[0].state}, job {living[0].job_id}); "
@@ -350,13 +350,20 @@ def states(folder: Path) -> list[State]:
     return [_state(job, told.get(job.job_id), silence) for job in submitted]
 
 
-def _states_if_any(folder: Path) -> list[State]:
+def states_if_any(folder: Path) -> list[State]:
+    """Return the same as `states`, and nothing where no job was ever submitted.
+
+    Parameters
+    ----------
+    folder : Path
+        As for `submit`.
+
+    Returns
+    -------
+    list of State
+        In the order of the tasks.
+    """
     return states(folder) if (folder / "jobs.json").exists() else []
-
-
-def alive(folder: Path) -> bool:
-    """Return whether any job of the latest submission has not ended; false where there is none."""
-    return not all(state.ended for state in _states_if_any(folder))
 
 
 def wait(folder: Path, *, every_s: float = 10.0, on_change: OnChange | None = None) -> list[State]:

@@ -269,7 +269,13 @@ def begin(part: Part, *, resume: bool) -> Run:
         Where the folder cannot be used, batch jobs work on it, or it was begun with another configuration.
     """
     target = Run.create(part.run.folder, resume=resume)
-    if jobs.alive(target.jobs_folder):
+    living = [state for state in jobs.states_if_any(target.jobs_folder) if not state.ended]
+    if living and all(state.state == "UNKNOWN" for state in living):
+        raise RunError(
+            f"Whether the batch jobs of {target.folder} still run cannot be asked here ({living[0].reason}); go on "
+            f"where they were submitted, or, where they are gone for certain, delete {target.jobs_folder}."
+        )
+    if living:
         raise RunError(
             f"{target.folder} has batch jobs in the queue; 'pneumoscope jobs {target.folder} --wait' waits for them, "
             f"'pneumoscope jobs {target.folder} cancel' takes them back."
@@ -384,8 +390,9 @@ def _conclude(parts: Sequence[Part], voice: Narration) -> None:
     folds, seeds = ([part.run for part in parts if part.kind == kind] for kind in ("folds", "seeds"))
     said: dict[str, Any] = {}
     if folds:
-        said["folds"] = repeats.cross_validated(folds, spec=main.spec.evaluation, seed=main.spec.seed)
-        repeats.write_out_of_fold(main.run, repeats.out_of_fold(folds))
+        pooled = repeats.out_of_fold(folds)
+        said["folds"] = repeats.cross_validated(folds, pooled, spec=main.spec.evaluation, seed=main.spec.seed)
+        repeats.write_out_of_fold(main.run, pooled)
     if seeds:
         said["seeds"] = repeats.over_seeds([main.run, *seeds])
     if not said:

@@ -59,13 +59,17 @@ def out_of_fold(runs: Sequence[Run]) -> dict[str, Predictions]:
     return found
 
 
-def cross_validated(runs: Sequence[Run], *, spec: EvaluationSpec, seed: int = 0) -> dict[str, Any]:
+def cross_validated(
+    runs: Sequence[Run], pooled: Mapping[str, Predictions], *, spec: EvaluationSpec, seed: int = 0
+) -> dict[str, Any]:
     """Measure the models of a cross-validation on the images that each was not fitted to.
 
     Parameters
     ----------
     runs : sequence of Run
         One finished run per fold.
+    pooled : mapping of str to Predictions
+        From `out_of_fold` of these runs.
     spec : EvaluationSpec
         The bootstrap.
     seed : int
@@ -76,14 +80,8 @@ def cross_validated(runs: Sequence[Run], *, spec: EvaluationSpec, seed: int = 0)
     dict
         ``folds``; ``models``: by approach ``out_of_fold`` (an Evaluation of all scores together, at threshold 0.5) and
         ``auc_by_fold``; ``comparisons`` of the out-of-fold scores; ``sentences``.
-
-    Raises
-    ------
-    RunError
-        As `out_of_fold`.
     """
-    pooled, rows = out_of_fold(runs), _rows(runs[0])
-    groups = rows["group"].to_numpy(dtype=str)
+    groups = _rows(runs[0])["group"].to_numpy(dtype=str)
     content: dict[str, Any] = {"folds": len(runs), "models": {}, "comparisons": [], "sentences": []}
     for model, predictions in pooled.items():
         found = metrics.evaluate(predictions, groups=groups, bootstrap=spec.bootstrap, seed=seed)

@@ -323,9 +323,11 @@ class Job:
             if records.get(stage, {}).get("error")
         ]
         measured = [name for name in self.spec.models if name not in missing]
-        others = f"{', '.join(measured)} stands measured in {self.run.metrics_path}. " if measured else ""
+        stand = "stands" if len(measured) == 1 else "stand"
+        others = f"{', '.join(measured)} {stand} measured in {self.run.metrics_path}. " if measured else ""
+        were = "was" if len(missing) == 1 else "were"
         return (
-            f"{', '.join(missing)} was not trained. {' '.join(causes) or 'Its job left no reason.'} {others}"
+            f"{', '.join(missing)} {were} not trained. {' '.join(causes) or 'Its job left no reason.'} {others}"
             "Mend that and run the same command with --resume."
         )
 
