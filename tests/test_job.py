@@ -71,6 +71,37 @@ def test_beside_the_first_node_a_stop_is_no_failure_and_nothing_is_noted(
     assert list(tmp_path.iterdir()) == []
 
 
+WARNED = """
+import signal, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # blocks no signal, as numpy's threads
+from pneumoscope._job import Command
+command = Command(tuple(sys.argv[1:]), warning="USR2", requeue=True)
+def warned(number, frame):
+    print("warned", flush=True)
+    command.checkpoint()
+    sys.exit(9)
+signal.signal(signal.SIGUSR2, warned)
+command()
+"""
+KEEPS = """
+import os, signal, sys, time
+def keep(number, frame):
+    os.kill(os.getppid(), signal.SIGUSR2)  # once more, while this one keeps its state
+    time.sleep(0.5)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, keep)
+os.kill(os.getppid(), signal.SIGUSR2)
+time.sleep(60)
+"""
+
+
+def test_a_second_warning_while_the_command_keeps_its_state_changes_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "7"}
+    words = [sys.executable, "-c", WARNED, sys.executable, "-c", KEEPS]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (9, "warned\n", "")
+
+
 def test_a_note_that_cannot_be_written_does_not_change_the_exit_status(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     folder = tmp_path / "jobs"

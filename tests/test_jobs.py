@@ -133,6 +133,14 @@ def test_the_scripts_ask_for_what_the_cluster_spec_says(tmp_path: Path, monkeypa
     ]
 
 
+def test_a_command_of_several_lines_stays_a_comment_of_the_script(tmp_path: Path) -> None:
+    task = program("a", "print(1)\ntouch('x')\r\n", "b\nc")
+    script = jobs.scripts([task], folder=tmp_path, cluster=ClusterSpec())["a"]
+    lines = [line for line in script.splitlines() if line and not line.startswith("#")]
+    assert [line.split()[0] for line in lines] == ["export", "export", "srun"]
+    assert f"# runs {sys.executable} -c 'print(1)\\ntouch('\"'\"'x'\"'\"')\\n' 'b\\nc'" in script.splitlines()
+
+
 def test_what_is_not_said_is_left_to_the_cluster(tmp_path: Path) -> None:
     cluster = ClusterSpec(mem_gb=0, requeue=False)
     script = jobs.scripts([program("a", "", gpus=True)], folder=tmp_path, cluster=cluster)["a"]

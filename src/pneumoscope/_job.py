@@ -37,6 +37,8 @@ class Command:
         self.warning = warning
         self.requeue = requeue
         self._child: subprocess.Popen[bytes] | None = None
+        self._handler: Any = signal.SIG_DFL
+        self._held_back = False
 
     def __call__(self) -> NoReturn:
         """Run the command to its end and leave with its exit status.
@@ -90,9 +92,25 @@ class Command:
         return DelayedSubmission(Command(self.command, warning=self.warning, requeue=self.requeue))
 
     def _heed(self, heeding: bool) -> None:
-        """Let the warning through, or hold it back."""
-        how = signal.SIG_UNBLOCK if heeding else signal.SIG_BLOCK
-        signal.pthread_sigmask(how, {getattr(signal, f"SIG{self.warning}")})
+        """Let the warning through, or hold it back until then.
+
+        Blocking it keeps it from the child only. Here it may reach a thread that does not block it, such as those that
+        numpy starts, and Python would still call the handler, in the midst of whatever the main thread is at.
+        """
+        number = getattr(signal, f"SIG{self.warning}")
+        if not heeding:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+            self._handler = signal.signal(number, self._hold_back)
+            return
+        signal.signal(number, self._handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        if self._held_back:
+            self._held_back = False
+            signal.raise_signal(number)
+
+    def _hold_back(self, number: int, frame: object) -> None:
+        del number, frame
+        self._held_back = True
 
 
 def end_path(submission: Path, job_id: str) -> Path:

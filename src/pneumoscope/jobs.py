@@ -256,10 +256,15 @@ def _executor(task: Task, *, target: Path, cluster: ClusterSpec, ids: Mapping[st
         setup=[
             *cluster.setup,
             f"export SUBMITIT_PREEMPT_SIGNAL={cluster.signal}",
-            f"# runs {shlex.join(task.command)}",
+            f"# runs {_one_line(shlex.join(task.command))}",
         ],
     )
     return executor
+
+
+def _one_line(text: str) -> str:
+    """Keep a comment of the script one: what stood after a line's end would be run by the shell."""
+    return "\\n".join(text.splitlines())
 
 
 def _script(task: Task, *, target: Path, cluster: ClusterSpec, ids: Mapping[str, str]) -> str:
