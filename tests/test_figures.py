@@ -16,6 +16,7 @@ from PIL import Image
 from pneumoscope import figures
 from pneumoscope.errors import PneumoscopeError, UsageError
 from pneumoscope.metrics import RocCurve
+from pneumoscope.specs import RESEARCH_USE
 
 COUNTS = {"NORMAL": 1341, "PNEUMONIA": 3875}
 MATRIX = {"true_negatives": 250, "false_positives": 20, "false_negatives": 5, "true_positives": 1771}
@@ -79,7 +80,7 @@ def png_of(figure: Figure) -> bytes:
 @every_drawing
 def test_every_figure_says_its_note_and_research_use_in_small_grey_type(draw: Callable[..., Figure]) -> None:
     figure = draw(title="cnn", note="SYNTHETIC DATA")
-    assert figure.get_supxlabel() == f"SYNTHETIC DATA · {figures.RESEARCH_USE}"
+    assert figure.get_supxlabel() == f"SYNTHETIC DATA · {RESEARCH_USE}"
     assert draw(title="cnn").get_supxlabel() == "Research use only, not a medical device"
 
 
@@ -115,7 +116,7 @@ def test_draws_into_given_axes_and_returns_their_figure(name: str) -> None:
     assert DRAWINGS[name](title="one", note="A", ax=left) is figure
     assert DRAWINGS[name](title="two", note="B", ax=right) is figure
     assert [left.get_title("left"), right.get_title("left")] == ["one", "two"]
-    assert figure.get_supxlabel() == f"A · B · {figures.RESEARCH_USE}"
+    assert figure.get_supxlabel() == f"A · B · {RESEARCH_USE}"
 
 
 def test_axes_without_a_figure_are_refused() -> None:

@@ -20,11 +20,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_files", "_locks", "_stopping", "_backend"),
     ("_codestreams", "_greys", "dicom", "images", "specs", "predictions", "_torch_weights"),
     ("_sources", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics", "conformal",
-     "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph"),
-    ("store", "checkpoints", "runs", "ledger", "figures"),
+     "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph", "predictor"),
+    ("store", "checkpoints", "runs", "bundle", "ledger", "figures"),
     ("appearance", "audit", "shortcut", "scorecard", "features", "training", "inference"),
-    ("narration", "export", "report", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
-    ("survey", "repeats", "evaluation", "stages", "pipeline", "batch", "cli", "__main__"),
+    ("narration", "report", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
+    ("survey", "repeats", "evaluation", "stages", "export", "pipeline", "batch", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]
@@ -38,6 +38,8 @@ KERAS_FREE = (
     "shortcut",
     "figures",
     "evidence",
+    "predictor",
+    "bundle",
     "report",
     "serving",
 )

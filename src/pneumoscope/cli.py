@@ -390,6 +390,26 @@ def evaluate(
     voice.event("evaluated", f"Written to {path}.", path=path)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")],
+    model: Annotated[str, typer.Option(help=f"Which approach: {', '.join(APPROACHES)}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The folder to make.")],
+    weights: Annotated[
+        str, typer.Option(help="How weights are kept: float32, float16 or int8; each must score as the run's own.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write a trained model for use elsewhere, as ONNX, once it is shown to score every image as the run does."""
+    from pneumoscope import export as exporting
+    from pneumoscope.runs import Run
+
+    voice = _voice(as_json)
+    bundle = exporting.export(Run.open(folder), model, output, weights=weights, narration=voice)  # type: ignore[arg-type]
+    size = _files.size_text(_files.size_of(bundle.folder))
+    voice.event("exported", f"The bundle is in {bundle.folder} ({size}).", path=bundle.folder)
+
+
 @fetch_app.command("weights")
 def fetch_weights(
     names: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="For example resnet152v2.")],

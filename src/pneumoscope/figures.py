@@ -29,12 +29,11 @@ from numpy.typing import NDArray
 
 from pneumoscope._files import replacing
 from pneumoscope.errors import UsageError
+from pneumoscope.specs import RESEARCH_USE
 
 if TYPE_CHECKING:  # only the type: drawing a curve needs none of what computing one needs
     from pneumoscope.metrics import RocCurve
 
-RESEARCH_USE = "Research use only, not a medical device"
-"""Stands in the lower margin of every figure."""
 
 MAX_PAIRS = 12
 """Pairs of images in one picture."""

@@ -1,4 +1,4 @@
-"""Scores from trained models: load one safely, run it over packed images.
+"""Trained models: load one safely, run it over packed images, or give it the face that answers stand on.
 
 A model is rebuilt from its own Spec and only its weight arrays are read from the file: nothing in a file is ever run.
 Knows nothing of thresholds or figures.
@@ -12,11 +12,14 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import models
+from pneumoscope import explainer, models
 from pneumoscope.errors import RunError
 from pneumoscope.predictions import Predictions
+from pneumoscope.predictor import Network, Outputs
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
@@ -101,3 +104,25 @@ def score(
         return store.images[where[positions], ..., None]
 
     return Predictions.of(rows, models.scores(model, fetch, len(where), batch_size=batch_size))
+
+
+def network_of(model: models.Model) -> Network:
+    """Give a Keras model the face that `predictor.Predictor` stands on.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `load_model` or `models.build`.
+
+    Returns
+    -------
+    callable
+        See `predictor.Network`; the evidence comes with the score, from one forward pass.
+    """
+    network = explainer.build(model)
+
+    def run(images: npt.NDArray[np.uint8]) -> Outputs:
+        batches = models.in_batches(network, lambda at: images[at, ..., None], len(images), batch_size=len(images))
+        return Outputs(*next(iter(batches))[1])
+
+    return run

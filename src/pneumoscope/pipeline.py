@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pneumoscope import _backend, _files, _stopping, appearance, figures, jobs, repeats, survey
+from pneumoscope import _backend, _files, _stopping, appearance, jobs, repeats, survey
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, UsageError
 from pneumoscope.evaluation import Examiner
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import Choice
-from pneumoscope.specs import Spec
+from pneumoscope.specs import RESEARCH_USE, Spec
 from pneumoscope.stages import Job, own_images, stages_of, status_of
 from pneumoscope.tasks import State, Task, run_local
 
@@ -381,7 +381,7 @@ def _finish(target: Run, voice: Narration, *, note: str) -> None:
         f"Finished in {seconds_text(seconds)}. Everything is in {target.folder}; "
         f"the figures of merit are in {target.metrics_path}."
     )
-    voice.say(f"{figures.RESEARCH_USE}." + (f" {note}." if note else ""))
+    voice.say(f"{RESEARCH_USE}." + (f" {note}." if note else ""))
 
 
 def _conclude(parts: Sequence[Part], voice: Narration) -> None:

@@ -166,6 +166,10 @@ class Run:
         """Return where an approach's trained model lies."""
         return self.folder / "models" / f"{model}.keras"
 
+    def reference_path(self, model: str) -> Path:
+        """Return where it is kept what training images look like to a model."""
+        return self.folder / "models" / f"{model}.reference.json"
+
     def checkpoint_path(self, model: str) -> Path:
         """Return where an unfinished training keeps its state."""
         return self.folder / "checkpoints" / f"{model}.npz"

@@ -29,6 +29,9 @@ TITLES: Mapping[str, str] = MappingProxyType(
 ALLOWABLE: tuple[str, ...] = ("content-across-validation", "group-across-validation", "two-labels")
 """Errors that ``audit.allow`` may name. What reaches into test is never allowed, nor is a set that lacks a class."""
 
+RESEARCH_USE = "Research use only, not a medical device"
+"""Stands on every output."""
+
 LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
 """Label names; the index is the class: 0 and 1."""
 
