@@ -11,7 +11,8 @@ underscore):
 - an array that is taken, kept or given has its shape told;
 - whoever raises an error of the project names it, or a class above it, under Raises.
 
-Modules with a leading underscore owe docstrings and Raises only. Verbs of `cli` owe a docstring only: it is their help.
+Modules with a leading underscore owe docstrings and Raises only. Verbs of `cli` and `cli_use` owe a docstring only: it
+is their help.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def test_an_unknown_name_is_refused_by_name() -> None:
 def test_public_names_are_documented(module: str) -> None:
     tree = ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))
     faults = [
-        f"{module}.py:{fault}" for fault in faults_in(tree, private=module.startswith("_"), verbs=module == "cli")
+        f"{module}.py:{fault}"
+        for fault in faults_in(tree, private=module.startswith("_"), verbs=module in ("cli", "cli_use"))
     ]
     assert faults == [], "\n" + "\n".join(faults)
 

@@ -5,7 +5,8 @@ of where a bundle comes from (`export`) or who asks it (`predictor`).
 
 A folder::
 
-    BUNDLE/model.onnx    input image uint8 (B, H, W); outputs score, logit, bias (B,), evidence (B, h, w), features (B, d)
+    BUNDLE/model.onnx    input image, uint8 (B, H, W); outputs score, logit, bias (B,), evidence (B, h, w) and
+                         features (B, d), float32
            bundle.json   predictor.Description, how the two networks were compared, and the SHA-256 of model.onnx
 """
 

@@ -12,16 +12,14 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from pneumoscope import _files, _stopping
+from pneumoscope import _files, _stopping, cli_use
+from pneumoscope._options import Allow, Config, Data, Json, Preset, Settings, allowing, spec_of, voice_of
 from pneumoscope.errors import PneumoscopeError, UsageError
 from pneumoscope.specs import APPROACHES, TITLES, Spec
-
-if TYPE_CHECKING:
-    from pneumoscope.narration import Narration
 
 _MADE_AGAIN = re.compile(r"\.?((images|features)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
@@ -56,33 +54,6 @@ app = typer.Typer(
 )
 fetch_app = typer.Typer(no_args_is_help=True, help="Download what a run needs: the only verb that uses the network.")
 app.add_typer(fetch_app, name="fetch")
-
-Data = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder with train/ and test/ (Kaggle), class folders NORMAL/ and PNEUMONIA/, a .zip of those, "
-        "a .csv with the columns path,label[,split,group], or a MedMNIST .npz.",
-    ),
-]
-Preset = Annotated[
-    str, typer.Option(help="Where the settings begin: default, tutorial (the published procedure), smoke (for tests).")
-]
-Config = Annotated[Path | None, typer.Option(help="A TOML file with settings, such as a run's spec.toml.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=3; may be repeated."),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow",
-        metavar="FINDING",
-        help="Let an error of the audit pass: content-across-validation, group-across-validation or two-labels; "
-        "may be repeated.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON event per line instead of text.")]
 
 
 def main() -> NoReturn:
@@ -131,7 +102,7 @@ def demo(
     if Run(output).read_manifest().get("data") == str(data):
         shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier demo is removed
     with _stopping.on_signals() as stop:
-        pipeline.run(spec, data, output, narration=_voice(as_json), stop=stop)
+        pipeline.run(spec, data, output, narration=voice_of(as_json), stop=stop)
 
 
 @app.command()
@@ -201,7 +172,7 @@ def run(
         "cluster.mem_gb": mem,
     }
     further = [f"{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
-    spec = _allowing(_spec(preset, config, [*(settings or []), *further], models), allow)
+    spec = allowing(spec_of(preset, config, [*(settings or []), *further], models), allow)
     if executor is not Executor.SLURM and (interactive or wait or dry_run):
         raise UsageError("--interactive, --wait and --dry-run belong to batch jobs; add --executor slurm.")
     from pneumoscope import batch, jobs, pipeline
@@ -211,7 +182,7 @@ def run(
         for name, script in batch.scripts(spec, data, output, **repeated).items():
             typer.echo(f"# ----- {name}\n{script}")
         return
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     if executor is Executor.SLURM and not interactive:
         batch.submit(spec, data, output, **repeated, resume=resume, narration=voice)
         if wait:
@@ -243,7 +214,7 @@ def stage(
         if not (found := re.fullmatch(r"(\d+)/(\d+)", shard)) or int(found[1]) >= int(found[2]):
             raise UsageError(f"--shard {shard!r} names no part; write it as I/N with I from 0 to N-1.")
         part = (int(found[1]), int(found[2]))
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     with _stopping.on_signals(Run.open(folder).read_spec().cluster.signal) as stop:
         pipeline.perform(folder, name, shard=part, threads=threads, narration=voice, stop=stop)
 
@@ -260,7 +231,7 @@ def jobs(
     from pneumoscope.runs import Run
 
     Run.open(folder)
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     if action is JobsAction.CANCEL:
         batch.cancel(folder, narration=voice)
     elif wait:
@@ -278,10 +249,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Look at the images without training: counts, sample grids, class distributions."""
-    spec = _spec(preset, None, settings, None)
+    spec = spec_of(preset, None, settings, None)
     from pneumoscope import survey
 
-    survey.inspect(data, output, spec=spec, narration=_voice(as_json))
+    survey.inspect(data, output, spec=spec, narration=voice_of(as_json))
 
 
 @app.command()
@@ -296,10 +267,10 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Look for what makes figures wrong: leaks, double labels, duplicates, odd images; exit status 1 for an error."""
-    spec = _allowing(_spec(preset, None, settings, None), allow)
+    spec = allowing(spec_of(preset, None, settings, None), allow)
     from pneumoscope import survey
 
-    survey.audit_images(data, output, spec=spec, narration=_voice(as_json)).require_passed()
+    survey.audit_images(data, output, spec=spec, narration=voice_of(as_json)).require_passed()
 
 
 @app.command()
@@ -312,11 +283,11 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Decode and resize every image once, ahead of a run."""
-    spec = _spec("default", None, settings, None)
+    spec = spec_of("default", None, settings, None)
     from pneumoscope.catalog import Catalog
     from pneumoscope.store import ImageStore
 
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     with voice.stage(f"Reading {data}"), voice.bar("files", unit="files") as progress:
         catalog = Catalog.scan(data, classes=spec.data.classes, progress=progress)
     with voice.stage("Packing the images"), voice.bar("images") as progress:
@@ -342,13 +313,13 @@ def models(
     as_json: Json = False,
 ) -> None:
     """Show the approaches; with --model, every layer's number, name, output shape, parameters and whether it trains."""
-    spec = _spec(preset, config, [*(settings or []), "backbone.weights=none"], model)  # a listing needs none
+    spec = spec_of(preset, config, [*(settings or []), "backbone.weights=none"], model)  # a listing needs none
     from pneumoscope import _backend
 
     _backend.prepare(threads=spec.train.threads)
     from pneumoscope import models as networks
 
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     if model is not None:
         network = networks.build(model, spec)
         rows = [
@@ -375,41 +346,6 @@ def models(
     voice.table(f"Approaches, preset {preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows)
 
 
-@app.command()
-def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    data: Annotated[Path | None, typer.Option(help="Other labelled images to score instead of the run's own.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Score a run's models again, on its own images or, with --data, on others."""
-    from pneumoscope import pipeline
-    from pneumoscope.runs import Run
-
-    voice = _voice(as_json)
-    path = pipeline.evaluate_run(Run.open(folder), data=data, narration=voice)
-    voice.event("evaluated", f"Written to {path}.", path=path)
-
-
-@app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")],
-    model: Annotated[str, typer.Option(help=f"Which approach: {', '.join(APPROACHES)}.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The folder to make.")],
-    weights: Annotated[
-        str, typer.Option(help="How weights are kept: float32, float16 or int8; each must score as the run's own.")
-    ] = "float32",
-    as_json: Json = False,
-) -> None:
-    """Write a trained model for use elsewhere, as ONNX, once it is shown to score every image as the run does."""
-    from pneumoscope import export as exporting
-    from pneumoscope.runs import Run
-
-    voice = _voice(as_json)
-    bundle = exporting.export(Run.open(folder), model, output, weights=weights, narration=voice)  # type: ignore[arg-type]
-    size = _files.size_text(_files.size_of(bundle.folder))
-    voice.event("exported", f"The bundle is in {bundle.folder} ({size}).", path=bundle.folder)
-
-
 @fetch_app.command("weights")
 def fetch_weights(
     names: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="For example resnet152v2.")],
@@ -418,7 +354,7 @@ def fetch_weights(
     """Download ImageNet weights of backbones into the cache, with progress and checksum."""
     from pneumoscope import backbones
 
-    voice = _voice(as_json)
+    voice = voice_of(as_json)
     for name in names:
         with voice.bar(name, unit="bytes") as progress:
             path = backbones.fetch_weights(name, progress=progress)
@@ -439,7 +375,7 @@ def fetch_kaggle(
     """Download the chest X-rays from Kaggle (2.5 GB; 5 GB until unpacked) and say what came; resumes by itself."""
     from pneumoscope import kaggle
 
-    voice, name = _voice(as_json), dataset or kaggle.DATASET
+    voice, name = voice_of(as_json), dataset or kaggle.DATASET
     with voice.bar(name, unit="bytes") as progress:
         fetched = kaggle.fetch(name, folder=output, progress=progress)
     rows = [[str(place), *map(str, counts)] for place, *counts in fetched.counts.itertuples(name=None)]
@@ -458,7 +394,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Show what is stored and how big it is; --clean deletes what can be made again."""
-    voice, root = _voice(as_json), _files.cache_dir()
+    voice, root = voice_of(as_json), _files.cache_dir()
     entries = sorted(root.iterdir()) if root.is_dir() else []
     rows = [[entry.name, _files.size_text(_files.size_of(entry))] for entry in entries]
     total = sum(_files.size_of(entry) for entry in entries)
@@ -486,33 +422,15 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what this machine can do: backend, devices, weights, Slurm; with DATA, status 1 where a run lacks some."""
-    spec = _spec(preset, config, settings, None)
+    spec = spec_of(preset, config, settings, None)
     from pneumoscope import doctor as machine
 
-    voice, report = _voice(as_json), machine.look(spec, data, executor=executor.value)
+    voice, report = voice_of(as_json), machine.look(spec, data, executor=executor.value)
     for check in report.checks:
         text = f"{check.name}: {check.text}"
         voice.event("check", text if check.state == "ok" else f"{text} [{check.state}]", **vars(check))
     if data is not None:
         machine.refuse(machine.missing(report))
-
-
-def _spec(preset: str, config: Path | None, settings: list[str] | None, models: str | None) -> Spec:
-    spec = Spec.from_toml(config) if config is not None else Spec.preset_named(preset)
-    if models is not None:
-        names = [name.strip() for name in models.split(",") if name.strip()]
-        unknown = [name for name in names if name not in APPROACHES]
-        if unknown or not names:
-            raise UsageError(
-                f"There is no approach {unknown[0] if unknown else ''!r}; choose from {', '.join(APPROACHES)}."
-            )
-        spec = spec.with_overrides([f"models={json.dumps(names)}"])
-    return spec.with_overrides(settings or [])
-
-
-def _allowing(spec: Spec, findings: list[str] | None) -> Spec:
-    wanted = dict.fromkeys([*spec.audit.allow, *(findings or [])])  # each once, in order
-    return spec.with_overrides([f"audit.allow={json.dumps(list(wanted))}"], source="--allow")
 
 
 def minutes_of(time: str) -> int:
@@ -539,11 +457,7 @@ def minutes_of(time: str) -> int:
     return days * 1440 + first * 60 + second + (third > 0)
 
 
-def _voice(as_json: bool) -> Narration:
-    from pneumoscope.narration import Narration
-
-    return Narration("json" if as_json else None)
-
+cli_use.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -344,13 +344,12 @@ def compare(before: Predictions, after: Predictions, *, threshold: float) -> Par
     Parity
     """
     first, second = before.scores, after.scores
-    areas = [intervals.delong(part.labels, part.scores) for part in (after, before)]
     return Parity(
         n=len(before),
         difference=float(np.abs(first - second).max(initial=0)),
         flipped=int(((first > threshold) != (second > threshold)).sum()),
-        auc=areas[0] and areas[0].auc,
-        auc_before=areas[1] and areas[1].auc,
+        auc=_auc(after),
+        auc_before=_auc(before),
     )
 
 
@@ -382,12 +381,17 @@ def require_alike(parity: Mapping[str, Parity], *, weights: Weights) -> None:
                 f"otherwise than the run's own (at most {allowed} is allowed; {found.flipped} of {found.n:,} calls "
                 f"differ); nothing was written: {next_step}."
             )
-        if weights == "int8" and found.auc is not None and found.auc_before is not None:
-            if found.auc_before - found.auc > LARGEST_AUC_LOSS:
-                raise RunError(
-                    f"In 8-bit integers the AUC on {split} falls from {found.auc_before:.4f} to {found.auc:.4f} (at "
-                    f"most {LARGEST_AUC_LOSS} is allowed); nothing was written: {next_step}."
-                )
+        lost = 0.0 if found.auc is None or found.auc_before is None else found.auc_before - found.auc
+        if weights == "int8" and lost > LARGEST_AUC_LOSS:
+            raise RunError(
+                f"In 8-bit integers the AUC on {split} falls by {lost:.4f} to {found.auc:.4f} (at most "
+                f"{LARGEST_AUC_LOSS} is allowed); nothing was written: {next_step}."
+            )
+
+
+def _auc(scored: Predictions) -> float | None:
+    found = intervals.delong(scored.labels, scored.scores)
+    return None if found is None else found.auc
 
 
 def _sampled(rows: pd.DataFrame, *, seed: int) -> pd.DataFrame:
