@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from pneumoscope import _backend, _files, explainer, inference, intervals, models, onnx_graph
 from pneumoscope.bundle import Bundle, OnnxNetwork
 from pneumoscope.catalog import Catalog
-from pneumoscope.curves import roc_curve
 from pneumoscope.errors import DataError, PneumoscopeError, RunError, UsageError
 from pneumoscope.familiarity import Familiarity
 from pneumoscope.narration import Narration
@@ -132,7 +130,7 @@ def export(
             described,
             points=choice.points,
             temperature=choice.temperature.value,
-            curve=_curve(described.chosen_on, chosen),
+            curve=Curve.of(described.chosen_on, chosen.labels, chosen.scores),
             familiarity=None if described.familiarity is None else opened.usual(network, voice)[0],
         )
     parity = {split: compare(*pair, threshold=described.point[1]) for split, pair in scored.items()}
@@ -221,7 +219,7 @@ class _Opened:
         measured, chosen_on = content["models"][self.model], str(content["chosen_on"])
         choice = Choice.of_dict(measured["validation"])
         familiarity, reason, scale = self._reference(voice)
-        manifest = self.run.read_manifest()
+        manifest, scored = self.run.read_manifest(), self._written_scores(chosen_on)
         return Description(
             model=self.model,
             title=TITLES[self.model],
@@ -230,7 +228,7 @@ class _Opened:
             evidence_scale=scale,
             points=choice.points,
             chosen_on=chosen_on,
-            curve=_curve(chosen_on, self._written_scores(chosen_on)),
+            curve=Curve.of(chosen_on, scored.labels, scored.scores),
             temperature=choice.temperature.value,
             familiarity=familiarity,
             unfamiliar=reason,
@@ -397,11 +395,3 @@ def _auc(scored: Predictions) -> float | None:
 def _sampled(rows: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     parts = [part.sample(min(USUAL_IMAGES, len(part)), random_state=seed) for _, part in rows.groupby("label")]
     return pd.concat(parts).sort_index().reset_index(drop=True)
-
-
-def _curve(split: str, scored: Predictions) -> Curve | None:
-    curve = roc_curve(scored.labels, scored.scores)
-    if not curve.n_positive or not curve.n_negative:
-        return None
-    thresholds: npt.NDArray[Any] = np.clip(curve.thresholds, 0, 1)  # the last lies below every score
-    return Curve(split, curve.n_positive, curve.n_negative, thresholds, curve.tpr, 1 - curve.fpr)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pneumoscope import calibration, images
+from pneumoscope.curves import Labels, Scores
 from pneumoscope.errors import StoreError, UsageError
 from pneumoscope.evidence import Grid
 from pneumoscope.familiarity import Familiarity
@@ -81,8 +82,36 @@ class Curve:
     sensitivity: Floats
     specificity: Floats
 
+    @classmethod
+    def of(cls, split: str, labels: Labels, scores: Scores) -> Self | None:
+        """Count above every score; between two of them nothing changes, so that `at` is exact anywhere.
+
+        Parameters
+        ----------
+        split : str
+            Which images.
+        labels : ndarray of int8, shape (n,)
+            0 NORMAL, 1 PNEUMONIA.
+        scores : ndarray of float64, shape (n,)
+            In [0, 1].
+
+        Returns
+        -------
+        Curve or None
+            None where a label is missing.
+        """
+        values, sick = np.asarray(scores, dtype=np.float64), np.asarray(labels) == 1
+        n_positive, n_negative = int(sick.sum()), int((~sick).sum())
+        if not n_positive or not n_negative:
+            return None
+        distinct, place = np.unique(values, return_inverse=True)
+        thresholds = np.unique(np.append(distinct, 0.0))[::-1]  # at a score itself, that image is no longer called
+        counts = [np.bincount(place[one], minlength=len(distinct))[::-1].cumsum() for one in (sick, ~sick)]
+        true, false = (np.concatenate([[0], above])[: len(thresholds)] for above in counts)
+        return cls(split, n_positive, n_negative, thresholds, true / n_positive, 1 - false / n_negative)
+
     def at(self, threshold: float) -> tuple[float, float]:
-        """Return sensitivity and specificity at any threshold: those of the nearest listed one that is not above it.
+        """Return sensitivity and specificity of ``score > threshold``.
 
         Parameters
         ----------
@@ -302,13 +331,15 @@ class Predictor:
     description: Description
     network: Network
 
-    def read(self, data: bytes) -> Picture:
+    def read(self, data: bytes, *, header: images.Header | None = None) -> Picture:
         """Decode a file as the training images were decoded.
 
         Parameters
         ----------
         data : bytes
             The whole file: JPEG, PNG or DICOM.
+        header : Header, optional
+            What `images.read_header` said of it, where that was asked before.
 
         Returns
         -------
@@ -319,7 +350,7 @@ class Predictor:
         ImageError
             As `images.load`.
         """
-        header = images.read_header(data)
+        header = header or images.read_header(data)
         pixels = images.load(data, self.description.size_px)
         notes = list(header.notes)
         if header.frames > 1:
