@@ -84,7 +84,7 @@ def test_the_operating_point_can_be_another_one() -> None:
     assert replace(PREDICTOR, description=replace(DESCRIPTION, points={})).description.point == ("half", 0.5)
     with pytest.raises(UsageError, match="no operating point 'best'; it has youden, cost"):
         PREDICTOR.at("best")
-    with pytest.raises(UsageError, match="threshold is 1.5; give a number from 0 to 1"):
+    with pytest.raises(UsageError, match=r"threshold is 1\.5; give a number from 0 to 1"):
         PREDICTOR.at(1.5)
 
 
