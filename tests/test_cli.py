@@ -25,7 +25,10 @@ import pytest
 from pneumoscope import cli, phantom
 from pneumoscope.specs import ALLOWABLE, Spec, valid_keys
 
-VERBS = ("demo", "run", "jobs", "inspect", "audit", "pack", "models", "evaluate", "cache", "doctor", "fetch")
+VERBS = (
+    *("demo", "run", "jobs", "inspect", "audit", "pack", "models", "cache", "doctor"),
+    *("evaluate", "predict", "explain", "export", "recalibrate", "serve", "fetch"),
+)
 SETTINGS = (
     *("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32"),
     *("--set", "train.epochs=30", "--set", "train.batch_size=4", "--set", "train.patience=30"),

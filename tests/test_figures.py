@@ -54,6 +54,12 @@ def couples(*, title: str, note: str = "", n: int = 3) -> Figure:
     return figures.pairs([(picture(), picture(30, 20))] * n, captions=names, title=title, note=note)
 
 
+def panel(*, title: str, note: str = "", n: int = 1) -> Figure:
+    red = np.full((20, 24, 3), (200, 60, 60), dtype=np.uint8)
+    layers = [figures.Layer(red, 2.5 * at, f"Map {at}", f"Unit {at}") for at in range(1, n + 1)]
+    return figures.evidence_panel(picture(), layers, title=title, said=["Score 0.9", "$Reason$"], aspect=1.5, note=note)
+
+
 DRAWINGS: dict[str, Callable[..., Figure]] = {
     "accuracy_curve": lambda **options: figures.accuracy_curve(history(), best_epoch=7, **options),
     "loss_curve": lambda **options: figures.loss_curve(history(), best_epoch=7, **options),
@@ -63,7 +69,9 @@ DRAWINGS: dict[str, Callable[..., Figure]] = {
     "class_pie": lambda **options: figures.class_pie(COUNTS, **options),
     "sample_grid": grid,
     "pairs": couples,
+    "evidence_panel": panel,
 }
+WITHOUT_AXES = ("sample_grid", "pairs", "evidence_panel")
 every_drawing = pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS.keys())
 
 
@@ -80,8 +88,9 @@ def png_of(figure: Figure) -> bytes:
 @every_drawing
 def test_every_figure_says_its_note_and_research_use_in_small_grey_type(draw: Callable[..., Figure]) -> None:
     figure = draw(title="cnn", note="SYNTHETIC DATA")
-    assert figure.get_supxlabel() == f"SYNTHETIC DATA · {RESEARCH_USE}"
-    assert draw(title="cnn").get_supxlabel() == "Research use only, not a medical device"
+    own = f"{figures.SIGNED} · " if draw is panel else ""
+    assert figure.get_supxlabel().replace("\n", " ") == f"{own}SYNTHETIC DATA · {RESEARCH_USE}"
+    assert draw(title="cnn").get_supxlabel().replace("\n", " ") == f"{own}Research use only, not a medical device"
 
 
 @every_drawing
@@ -109,7 +118,7 @@ def test_no_pyplot_figure_is_opened_and_the_figure_shows_itself_in_a_notebook(dr
     assert Image.open(io.BytesIO(shown._repr_png_())).format == "PNG"
 
 
-@pytest.mark.parametrize("name", [name for name in DRAWINGS if name not in ("sample_grid", "pairs")])
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if name not in WITHOUT_AXES])
 def test_draws_into_given_axes_and_returns_their_figure(name: str) -> None:
     figure = Figure(figsize=(10, 5))
     left, right = figure.subplots(1, 2)
@@ -239,6 +248,31 @@ def test_no_pairs_are_called_so_and_too_many_are_refused() -> None:
         couples(title="t", n=13)
     with pytest.raises(UsageError, match="got 1 pairs and 0 captions"):
         figures.pairs([(picture(), picture())], captions=[], title="t")
+
+
+def test_an_evidence_panel_shows_the_image_its_maps_and_bars_of_a_given_scale() -> None:
+    figure = panel(title="a$b$.jpeg", n=2)
+    png_of(figure)
+    shown = [ax for ax in figure.axes if ax.images]
+    np.testing.assert_array_equal(shown[0].images[0].get_array(), picture())
+    assert shown[0].images[0].get_clim() == (0, 255)
+    assert [ax.get_title() for ax in shown] == ["What the model was shown (24 x 20)", "Map 1", "Map 2"]
+    assert figure.get_suptitle() == "a\\$b\\$.jpeg\nScore 0.9\n\\$Reason\\$"
+    bars = [bar for ax in shown[1:] for bar in ax.child_axes]
+    assert [bar.get_ylim() for bar in bars] == [(-2.5, 2.5), (-5.0, 5.0)]
+    assert [bar.get_ylabel() for bar in bars] == ["Unit 1", "Unit 2"]
+    for ax in shown:  # the shape of the file, not of the square that the model takes
+        box = ax.get_window_extent()
+        assert box.height / box.width == pytest.approx(1.5, rel=0.01)
+
+
+def test_the_bar_of_a_panel_has_the_colours_of_the_overlay_blue_to_red() -> None:
+    bar = panel(title="t").axes[1].child_axes[0]
+    colours = np.asarray(bar.collections[-1].get_cmap()(np.array([0.0, 0.5, 1.0])))[:, :3] * 255
+    blue, grey, red = colours
+    np.testing.assert_allclose(blue, 128 * 0.35 + 0.65 * np.array([33, 102, 172]), atol=1)
+    np.testing.assert_allclose(grey, 128, atol=2)
+    np.testing.assert_allclose(red, 128 * 0.35 + 0.65 * np.array([178, 24, 43]), atol=1)
 
 
 def test_bars_and_pie_write_counts_percentages_and_the_total() -> None:

@@ -19,13 +19,15 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_files", "_locks", "_stopping", "_backend"),
     ("_codestreams", "_greys", "dicom", "images", "specs", "predictions", "_torch_weights"),
-    ("_sources", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics", "conformal",
-     "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph", "predictor"),
-    ("store", "checkpoints", "runs", "bundle", "ledger", "figures"),
-    ("appearance", "audit", "shortcut", "scorecard", "features", "training", "inference"),
-    ("narration", "report", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
-    ("survey", "repeats", "evaluation", "stages", "export", "pipeline", "batch", "_options",
-     "cli_use", "cli", "__main__"),
+    ("_sources", "_inputs", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics",
+     "conformal", "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph",
+     "predictor"),
+    ("store", "checkpoints", "runs", "bundle", "_chosen", "ledger", "figures", "evidence_figures"),
+    ("appearance", "evidence_checks", "audit", "shortcut", "scorecard", "features", "training", "inference"),
+    ("narration", "answers", "site_sample", "recalibration", "report", "_batching", "_connections", "_gauges",
+     "_uploads", "_guard", "_pictures", "_wire", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
+    ("survey", "repeats", "evaluation", "stages", "export", "checks", "pipeline", "batch",
+     "_options", "cli_use", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]
@@ -41,6 +43,11 @@ KERAS_FREE = (
     "evidence",
     "predictor",
     "bundle",
+    "evidence_figures",
+    "answers",
+    "site_sample",
+    "recalibration",
+    "_chosen",
     "report",
     "serving",
 )

@@ -120,6 +120,15 @@ def test_no_picture_gives_no_answer_and_bytes_that_are_none_are_refused() -> Non
         PREDICTOR.read(b"")
 
 
+def test_a_score_that_is_no_number_is_no_answer() -> None:
+    def damaged(images: npt.NDArray[np.uint8]) -> Outputs:
+        return brightness(images)._replace(score=np.full(len(images), np.nan, dtype=np.float32))
+
+    broken = replace(PREDICTOR, network=damaged)
+    with pytest.raises(StoreError, match="gives a score that is no number"):
+        broken.answer([broken.read(png(60, 80))])
+
+
 def test_a_curve_is_exact_at_any_threshold() -> None:
     curve = Curve.of("validation", np.array([0, 1, 0, 1], dtype=np.int8), np.array([0.1, 0.3, 0.3, 0.9]))
     assert curve is not None

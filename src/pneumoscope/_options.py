@@ -70,6 +70,5 @@ def allowing(spec: Spec, findings: list[str] | None) -> Spec:
 
 
 def voice_of(as_json: bool) -> Narration:
-    from pneumoscope.narration import Narration
-
+    """Return who speaks: JSON events, or what suits the terminal."""
     return Narration("json" if as_json else None)

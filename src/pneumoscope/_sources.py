@@ -88,7 +88,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
     """A file as a folder or an archive lists it: its name there, its path in the Catalog, and why not to open it."""
 
     name: str
@@ -99,6 +99,7 @@ class _File:
 
     @property
     def folders(self) -> tuple[str, ...]:
+        """The folders that it lies in, from the top."""
         return tuple(self.name.split("/")[:-1])
 
 
@@ -135,14 +136,14 @@ def find(data: Path | str, *, classes: Mapping[str, str], reader: Reader) -> Fou
         # a linked manifest names paths beside the link, so only folders are resolved
         place = given.resolve() if given.is_dir() else given.parent.resolve() / given.name
         if place.is_dir():
-            return _place(*_walk(place), place=place, root=place, known=known)
+            return _place(*walk(place), place=place, root=place, known=known)
         if not place.is_file():
             raise DataError(f"There is no file or folder {str(data)!r}; check the path.")
     except (OSError, RuntimeError) as error:
         raise DataError(f"{str(data)!r} cannot be reached ({error}); check the path and its permissions.") from error
     suffix = place.suffix.lower()
     if suffix == ".zip":
-        return _place(*_members(place, reader), place=place, root=place.parent, known=known)
+        return _place(*members(place, reader), place=place, root=place.parent, known=known)
     if suffix == ".csv":
         return _read_manifest(place, known)
     if suffix == ".npz":
@@ -207,7 +208,7 @@ class Reader:
             container, inside, member = path.partition(".zip!/")
             if inside and (archive := _on_disk(root, f"{container}.zip")).is_file():
                 return _files.read_member(self.archive(archive), member)
-            return _read_regular(_on_disk(root, path))
+            return read_regular(_on_disk(root, path))
         except (FileNotFoundError, KeyError, IndexError) as error:
             raise ImageError("missing", f"There is no {path!r} in {root}.") from error
         except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for encryption and rare methods
@@ -248,8 +249,14 @@ def _on_disk(root: Path, path: str) -> Path:
     return root / _ESCAPED.sub(lambda match: chr(0xDC00 + int(match[1], 16)), path)
 
 
-def _read_regular(path: Path) -> bytes:
-    """Read a file after its kind and size were looked at: to open a FIFO would wait for ever."""
+def read_regular(path: Path) -> bytes:
+    """Read a file after its kind and size were looked at: to open a FIFO would wait for ever.
+
+    Raises
+    ------
+    ImageError
+        Where it is no regular file or too large; the system's own errors pass through.
+    """
     if status := _refusal(path.stat()):
         raise ImageError(status, f"{str(path)!r} is {status}.")
     return path.read_bytes()
@@ -261,9 +268,9 @@ def _refusal(state: os.stat_result) -> str:
     return "too large" if state.st_size > _files.MAX_MEMBER_BYTES else ""
 
 
-def _walk(root: Path) -> tuple[list[_File], Counter[str]]:
+def walk(root: Path) -> tuple[list[File], Counter[str]]:
     """List the files under a folder without opening any; linked folders are counted, not entered."""
-    files: list[_File] = []
+    files: list[File] = []
     ignored: Counter[str] = Counter()
     pending = [""]
     while pending:
@@ -287,31 +294,37 @@ def _walk(root: Path) -> tuple[list[_File], Counter[str]]:
     return sorted(files, key=lambda file: file.path), ignored
 
 
-def _listed(entry: os.DirEntry[str], name: str, root: Path) -> _File:
+def _listed(entry: os.DirEntry[str], name: str, root: Path) -> File:
     path = _path_of(name)
     try:
         state = entry.stat()
     except OSError:
-        return _File(name, path, 0, "broken link" if entry.is_symlink() else "unreadable")
+        return File(name, path, 0, "broken link" if entry.is_symlink() else "unreadable")
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-        return _File(name, path, 0, "link out of the folder")
+        return File(name, path, 0, "link out of the folder")
     if status := _refusal(state):
-        return _File(name, path, state.st_size, status)
-    return _File(name, path, state.st_size, is_dicom=_is_unnamed_dicom(name, lambda: Path(entry.path).open("rb")))
+        return File(name, path, state.st_size, status)
+    return File(name, path, state.st_size, is_dicom=_is_unnamed_dicom(name, lambda: Path(entry.path).open("rb")))
 
 
-def _members(archive: Path, reader: Reader) -> tuple[list[_File], Counter[str]]:
-    """List the files of a .zip as `_walk` lists those of a folder."""
+def members(archive: Path, reader: Reader) -> tuple[list[File], Counter[str]]:
+    """List the files of a .zip as `walk` lists those of a folder.
+
+    Raises
+    ------
+    DataError
+        Where it is no sound archive.
+    """
     try:
         entries = _files.archive_members(reader.archive(archive), name=str(archive))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{archive} cannot be read as a .zip ({error}); get it again.") from error
-    files: dict[str, _File] = {}
+    files: dict[str, File] = {}
     for entry in entries:
         name, path = entry.filename, _path_of(f"{archive.name}!/{entry.filename}")
         status = "too large" if entry.file_size > _files.MAX_MEMBER_BYTES else "ok"
         is_dicom = _is_unnamed_dicom(name, partial(reader.archive(archive).open, entry))
-        files.setdefault(name, _File(name, path, entry.file_size, status, is_dicom))
+        files.setdefault(name, File(name, path, entry.file_size, status, is_dicom))
     repeated = Counter({"repeated entries": len(entries) - len(files)})
     return sorted(files.values(), key=lambda file: file.path), repeated
 
@@ -381,13 +394,11 @@ def _known_classes(classes: Mapping[str, str]) -> dict[str, int]:
     return {name.casefold(): LABELS.index(label) for name, label in both.items()}
 
 
-def _place(
-    files: Sequence[_File], ignored: Counter[str], *, place: Path, root: Path, known: Mapping[str, int]
-) -> Found:
+def _place(files: Sequence[File], ignored: Counter[str], *, place: Path, root: Path, known: Mapping[str, int]) -> Found:
     """Give each picture of a folder or an archive its split and label."""
-    pictures: list[_File] = []
+    pictures: list[File] = []
     for file in files:
-        if kind := _ignored_kind(file):
+        if kind := ignored_kind(file):
             ignored[kind] += 1
         else:
             pictures.append(file)
@@ -419,7 +430,7 @@ def _place(
     return Found(root, rows, counted, tuple(notes))
 
 
-def _ignored_kind(file: _File) -> str:
+def ignored_kind(file: File) -> str:
     """Return the name under which a file is counted that is no image of the data set; empty for an image."""
     name = file.name.rpartition("/")[2]
     if "__MACOSX" in file.folders:
@@ -445,15 +456,15 @@ def _locate(folders: tuple[str, ...], known: Mapping[str, int]) -> _Spot | None:
     return _Spot((folders[: at - bool(before)], bool(split)), split, known[names[at]], at)
 
 
-def _signature(file: _File, spot: _Spot) -> tuple[str | int, ...]:
+def _signature(file: File, spot: _Spot) -> tuple[str | int, ...]:
     """Return what a file shares with a copy of it in another tree."""
     names = [folder.casefold() for folder in file.folders[spot.depth :]]
     return (spot.split, *names, file.name.rpartition("/")[2], file.n_bytes)
 
 
-def _only_tree(placed: Sequence[tuple[_File, _Spot]], place: Path) -> _Tree:
+def _only_tree(placed: Sequence[tuple[File, _Spot]], place: Path) -> _Tree:
     """Return the one data set among the files; others are bearable only where they repeat a part of it."""
-    trees: dict[_Tree, list[tuple[_File, _Spot]]] = defaultdict(list)
+    trees: dict[_Tree, list[tuple[File, _Spot]]] = defaultdict(list)
     for file, spot in placed:
         trees[spot.tree].append((file, spot))
     main, *rest = sorted(trees, key=lambda tree: (-len(trees[tree]), tree))
@@ -467,7 +478,7 @@ def _only_tree(placed: Sequence[tuple[_File, _Spot]], place: Path) -> _Tree:
     return main
 
 
-def _refuse_unknown(strays: Sequence[_File], tree: _Tree | None, place: Path) -> None:
+def _refuse_unknown(strays: Sequence[File], tree: _Tree | None, place: Path) -> None:
     """Raise where images lie in a folder that stands where a class folder should: it is named, not guessed."""
     unknown = Counter(name for file in strays if (name := _unknown_folder(file, tree)))
     if unknown:
@@ -480,7 +491,7 @@ def _refuse_unknown(strays: Sequence[_File], tree: _Tree | None, place: Path) ->
         )
 
 
-def _unknown_folder(file: _File, tree: _Tree | None) -> str:
+def _unknown_folder(file: File, tree: _Tree | None) -> str:
     """Return the folder that would be the class of an image in no known one; empty where no folder would."""
     folders = file.folders
     after_split = [name for at, name in enumerate(folders) if at and folders[at - 1].casefold() in SPLIT_NAMES]
@@ -495,7 +506,7 @@ def _unknown_folder(file: _File, tree: _Tree | None) -> str:
     return next((name for name in candidates if name.casefold() not in SPLIT_NAMES), "")
 
 
-def _nothing_here(files: Sequence[_File], ignored: Counter[str], place: Path) -> str:
+def _nothing_here(files: Sequence[File], ignored: Counter[str], place: Path) -> str:
     instead = [file.name for file in files if file.name.lower().endswith((".zip", ".npz", ".csv"))]
     if instead:
         return f"{place} holds no images but {instead[0]!r}; give that file."

@@ -39,6 +39,9 @@ class OnnxNetwork:
         What errors call it.
     threads : int
         CPU threads for one batch; 0 takes all cores.
+    spinning : bool
+        Whether threads that have nothing to do keep their cores busy: a little quicker alone, far slower where others
+        want the cores.
 
     Raises
     ------
@@ -46,11 +49,12 @@ class OnnxNetwork:
         Where onnxruntime cannot load it or it is not a network of ours.
     """
 
-    def __init__(self, data: bytes, *, name: str, threads: int = 0) -> None:
+    def __init__(self, data: bytes, *, name: str, threads: int = 0, spinning: bool = True) -> None:
         import onnxruntime  # late: half a second that a look at bundle.json does not need
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.log_severity_level = 3  # errors; they are raised as well
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -115,12 +119,23 @@ class Bundle:
         PneumoscopeError
             Where it cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_bundle(folder):
-            raise StoreError(f"{folder} is there and is no bundle; choose a new folder with -o.")
+        cls.require_free(folder)
         content = {**description.as_dict(), **(further or {}), "sha256": _files.sha256_of(network)}
         _files.write_bytes(folder / "model.onnx", network)
         _files.write_json(folder / "bundle.json", content)  # last: its hash makes the bundle whole
         return cls.open(folder)
+
+    @staticmethod
+    def require_free(folder: Path) -> None:
+        """Refuse a folder that `write` would refuse, before the work is done.
+
+        Raises
+        ------
+        StoreError
+            Where the folder holds something else than a bundle.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_bundle(folder):
+            raise StoreError(f"{folder} is there and is no bundle; choose a new folder with -o.")
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -158,13 +173,15 @@ class Bundle:
             )
         return cls(folder, Description.from_dict(content), content)
 
-    def predictor(self, *, threads: int = 0) -> Predictor:
+    def predictor(self, *, threads: int = 0, spinning: bool = True) -> Predictor:
         """Load the network.
 
         Parameters
         ----------
         threads : int
             CPU threads for one batch; 0 takes all cores.
+        spinning : bool
+            See `OnnxNetwork`.
 
         Returns
         -------
@@ -176,7 +193,8 @@ class Bundle:
             Where onnxruntime cannot load it or it is not a network of ours.
         """
         network = self.folder / "model.onnx"
-        return Predictor(self.description, OnnxNetwork(network.read_bytes(), name=str(network), threads=threads))
+        loaded = OnnxNetwork(network.read_bytes(), name=str(network), threads=threads, spinning=spinning)
+        return Predictor(self.description, loaded)
 
 
 def is_bundle(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from pneumoscope._options import Allow, Config, Data, Json, Preset, Settings, al
 from pneumoscope.errors import PneumoscopeError, UsageError
 from pneumoscope.specs import APPROACHES, TITLES, Spec
 
-_MADE_AGAIN = re.compile(r"\.?((images|features)-[0-9a-f]{16}|demo-images)(\..+)?")
+_MADE_AGAIN = re.compile(r"\.?((images|features|bundle)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
 
 
@@ -388,7 +388,10 @@ def fetch_kaggle(
 @app.command()
 def cache(
     clean: Annotated[
-        bool, typer.Option("--clean", help="Delete packed images, features and unfinished files; weights stay.")
+        bool,
+        typer.Option(
+            "--clean", help="Delete packed images, features, exported models and unfinished files; weights stay."
+        ),
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="With --clean: delete weights as well.")] = False,
     as_json: Json = False,

@@ -11,13 +11,23 @@ from typing import Annotated
 import typer
 
 from pneumoscope import _files
-from pneumoscope._options import Json, voice_of
-from pneumoscope.specs import APPROACHES
+from pneumoscope._options import Data, Json, Settings, spec_of, voice_of
+from pneumoscope.specs import APPROACHES, RESEARCH_USE
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A bundle, or a run directory; RUN:ft picks one of its models, else the best on validation is taken.",
+    ),
+]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the network; 0 takes all cores.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Give the command line these verbs."""
-    for verb in (evaluate, export):
+    for verb in (evaluate, predict, explain, export, recalibrate, serve):
         app.command()(verb)
 
 
@@ -33,6 +43,70 @@ def evaluate(
     voice = voice_of(as_json)
     path = pipeline.evaluate_run(Run.open(folder), data=data, narration=voice)
     voice.event("evaluated", f"Written to {path}.", path=path)
+
+
+def predict(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILES...", help="Images (JPEG, PNG, DICOM), folders, .zip archives or patterns."),
+    ],
+    model: Model,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="A table of all answers: file,score,call,assessable,reason.")
+    ] = None,
+    evidence: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A picture for each image: what speaks for and against.")
+    ] = None,
+    occlusion: Annotated[
+        bool, typer.Option("--occlusion", help="With --evidence: also what hiding each place does (slow).")
+    ] = False,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="POINT", help="Another operating point: its name, or a threshold from 0 to 1."),
+    ] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask a model about images: score, call, whether it can be assessed, and the evidence; for research only.
+
+    Example: pneumoscope predict scans --model runs/first --csv answers.csv --evidence maps
+    """
+    from pneumoscope import _chosen, _inputs, answers
+    from pneumoscope.bundle import Bundle
+
+    voice, named = voice_of(as_json), _chosen.find(model)
+    found = _inputs.find(files)
+    if isinstance(named, Bundle):
+        predictor = named.predictor(threads=threads)
+    else:
+        from pneumoscope import export as exporting  # a bundle needs no Keras
+
+        run, name = named
+        voice.say(f"Asking {name} of {run.folder}.")
+        predictor = exporting.open_predictor(run, name, narration=voice)
+    if at is not None:
+        predictor = predictor.at(_point(at))
+    for note in found.notes:
+        voice.warn(note)
+    answers.predict(predictor, found.inputs, csv=csv, evidence=evidence, occlusion=occlusion, narration=voice)
+
+
+def explain(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where figures and tables go.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"Which approach: {', '.join(APPROACHES)}; the best on validation else.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, metavar="N", help="How many validation images.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Check whether a model's evidence maps can be believed: shuffled weights, deletion, borders, pasted markers."""
+    from pneumoscope import _chosen, checks
+    from pneumoscope.runs import Run
+
+    voice, run = voice_of(as_json), Run.open(folder)
+    checks.check(run, model or _chosen.best_of(run), folder=output, n_images=images, narration=voice)
+    voice.event("explained", f"Figures and tables are in {output}.", path=output)
 
 
 def export(
@@ -52,3 +126,72 @@ def export(
     bundle = exporting.export(Run.open(folder), model, output, weights=weights, narration=voice)  # type: ignore[arg-type]
     size = _files.size_text(_files.size_of(bundle.folder))
     voice.event("exported", f"The bundle is in {bundle.folder} ({size}).", path=bundle.folder)
+
+
+def recalibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundle, a run directory, or RUN:ft.")],
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The new bundle's folder.")],
+    width: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Say how many images an interval of this width needs.")
+    ] = 0.1,
+    settings: Settings = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose operating points and temperature anew on a site's own labelled images; weights stay as they are."""
+    spec = spec_of("default", None, settings, None)
+    from pneumoscope import _chosen, recalibration
+    from pneumoscope.catalog import Catalog
+
+    voice = voice_of(as_json)
+    bundle = _chosen.bundle_of(model)
+    with voice.stage(f"Reading {data}"), voice.bar("files", unit="files") as progress:
+        catalog = Catalog.scan(data, classes=spec.data.classes, progress=progress)
+    recalibration.recalibrate(
+        bundle,
+        catalog,
+        folder=output,
+        width=width,
+        cost_ratio=spec.evaluation.cost_ratio,
+        threads=threads,
+        narration=voice,
+    )
+    voice.event("recalibrated", f"The new bundle is in {output}.", path=output)
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Where to listen; other addresses than this machine's own need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PNEUMOSCOPE_API_KEY", help="Asked of everyone who sends images; better as the variable."),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond this machine without a key: whoever reaches it may ask."),
+    ] = False,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Serve a model: a page to drop images on, and the same for programs (/predict, /evidence, /docs)."""
+    from pneumoscope import _chosen, serving
+
+    voice = voice_of(as_json)
+    bundle = _chosen.bundle_of(model)
+
+    def ready(url: str) -> None:
+        voice.event("serving", f"Serving {bundle.description.title} at {url} (Ctrl-C ends it).", url=url)
+        voice.say(f"{RESEARCH_USE}.")
+
+    serving.serve(bundle, host=host, port=port, api_key=api_key, insecure=insecure, threads=threads, on_ready=ready)
+
+
+def _point(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text

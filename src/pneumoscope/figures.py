@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +23,14 @@ import numpy as np
 import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
+from pneumoscope import evidence
 from pneumoscope._files import replacing
 from pneumoscope.errors import UsageError
 from pneumoscope.specs import RESEARCH_USE
@@ -37,6 +41,9 @@ if TYPE_CHECKING:  # only the type: drawing a curve needs none of what computing
 
 MAX_PAIRS = 12
 """Pairs of images in one picture."""
+
+SIGNED = "Red speaks for PNEUMONIA, blue for NORMAL: what the model used, not where disease is"
+"""Stands under every evidence map."""
 
 # Okabe & Ito (2008), "Color Universal Design": eight colours told apart with every common colour vision deficiency.
 _BLUE, _VERMILLION, _GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -315,6 +322,82 @@ def pairs(
         figure.text(0.5, 0.5, "no pairs", ha="center", va="center", color=_GREY, fontsize=13)
     _footer(figure, note)
     return figure
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An image coloured by a signed map, for `evidence_panel`.
+
+    Attributes
+    ----------
+    pixels : ndarray of uint8, shape (H, W, 3)
+        As `evidence.overlay` draws it.
+    scale : float
+        What gets full colour, above 0.
+    title, unit : str
+        Above the picture, and what its colour bar counts.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale: float
+    title: str
+    unit: str
+
+
+def evidence_panel(
+    image: NDArray[np.uint8],
+    layers: Sequence[Layer],
+    *,
+    title: str,
+    said: Sequence[str],
+    aspect: float = 1.0,
+    note: str = "",
+) -> Figure:
+    """Draw an image beside itself under its evidence, with colour bars whose scale does not depend on the image.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8 ``(H, W)``, 0 is black and 255 white.
+    layers : sequence of Layer
+        One or more, left to right.
+    title, note
+        As in `accuracy_curve`; the title is shortened in the middle where it is long.
+    said : sequence of str
+        The answer, one line each: score, call and operating point.
+    aspect : float
+        Height of the image in the file over its width: a model's image is squashed into a square.
+
+    Returns
+    -------
+    Figure
+        A new figure.
+    """
+    width_in = 4.1 * (1 + len(layers))
+    figure = _new_figure((width_in, min(max(4.0 * aspect, 2.0), 9.0) + 1.5))
+    lines = [_shortened(title, 2 * _characters(width_in, points=11) - 4), *said]
+    figure.suptitle("\n".join(_wrapped(line, width_in=width_in, points=11) for line in lines), fontsize=11)
+    seen = f"What the model was shown ({image.shape[1]} x {image.shape[0]})"
+    shapes = [(image, seen), *((layer.pixels, layer.title) for layer in layers)]
+    cells = figure.subplots(1, len(shapes), squeeze=False)[0]
+    for cell, (pixels, name) in zip(cells, shapes, strict=True):
+        cell.imshow(pixels, cmap="gray", vmin=0, vmax=255, aspect=aspect * pixels.shape[1] / pixels.shape[0])
+        cell.set_title(_plain(name), fontsize=10)
+        cell.axis("off")
+    for cell, layer in zip(cells[1:], layers, strict=True):
+        colours = ScalarMappable(Normalize(-layer.scale, layer.scale), _signed_colours())
+        bar = figure.colorbar(colours, cax=cell.inset_axes((1.03, 0, 0.05, 1)), extend="both")  # as high as the image
+        bar.set_label(_plain(layer.unit), fontsize=9)
+    _footer(figure, _SEPARATOR.join(filter(None, [SIGNED, note])))
+    return figure
+
+
+@lru_cache
+def _signed_colours() -> ListedColormap:
+    """Return the colours of `evidence.overlay` as they look on a middle grey, full blue to full red."""
+    ramp = evidence.overlay(np.full((256, 256), 128, np.uint8), np.linspace(-1, 1, 256)[None].repeat(256, 0),
+                            grid=evidence.Grid(0, 1), scale=1)[0]  # fmt: skip
+    return ListedColormap(ramp / 255)
 
 
 def class_bars(counts: Mapping[str, int], *, title: str, note: str = "", ax: Axes | None = None) -> Figure:

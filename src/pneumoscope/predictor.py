@@ -374,10 +374,17 @@ class Predictor:
         -------
         list of Answer
             In their order.
+
+        Raises
+        ------
+        StoreError
+            Where the network gives a score that is no number.
         """
         if not pictures:
             return []
         outputs = self.network(np.stack([picture.pixels for picture in pictures]))
+        if not np.isfinite(outputs.score).all():
+            raise StoreError("The network gives a score that is no number; it is damaged: export or train it again.")
         known = self.description
         familiar = None if known.familiarity is None else known.familiarity.assess(outputs.features)
         name, threshold = known.point
