@@ -162,3 +162,21 @@ def test_an_item_whose_request_is_gone_is_not_run() -> None:
         batcher.close()
 
     run(scene)
+
+
+def test_a_second_worker_helps_only_where_enough_wait() -> None:
+    async def scene() -> None:
+        work = Work(closed=True)
+        batcher = Batcher(work, batch=4, delay_ms=0, workers=2, enough=3)
+        tasks = [asyncio.ensure_future(batcher.submit(number)) for number in (1, 2, 3)]
+        await asyncio.to_thread(work.began.wait, 30)
+        assert work.batches == [[1]]
+        work.began.clear()
+        tasks += [asyncio.ensure_future(batcher.submit(number)) for number in (4, 5)]
+        await asyncio.to_thread(work.began.wait, 30)
+        assert work.batches == [[1], [2, 3, 4]]
+        work.gate.set()
+        assert list(await asyncio.gather(*tasks)) == [2, 4, 6, 8, 10]
+        assert work.batches == [[1], [2, 3, 4], [5]]
+
+    run(scene)

@@ -79,9 +79,11 @@ def test_one_image_gets_the_score_that_the_predictor_gives(app: FastAPI, bundle:
     assert all(value >= 0 for value in content["timing_ms"].values())
 
 
+@pytest.mark.parametrize("small_bytes", [0, 10**6], ids=["decoded before", "decoded in the batch"])
 def test_images_of_concurrent_requests_are_batched_and_score_as_alone(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, small_bytes: int
 ) -> None:
+    monkeypatch.setattr(serving, "_SMALL_BYTES", small_bytes)
     files = [(f"{seed}.png", served.png(seed)) for seed in range(24)]
     predictor = bundle.predictor(threads=1)
     alone = [predictor.answer([predictor.read(data)])[0].score for _, data in files]
@@ -341,6 +343,7 @@ def test_a_full_server_says_when_to_ask_again_and_its_health_is_answered(
         return await reading(self, decode, data)
 
     monkeypatch.setattr(serving._Service, "decoded", slow)
+    monkeypatch.setattr(serving, "_SMALL_BYTES", 0)
 
     async def scene() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
@@ -362,7 +365,7 @@ def test_a_full_server_says_when_to_ask_again_and_its_health_is_answered(
             assert (await client.get("/ready")).json() == {"ready": True, "waiting": 0}
             assert (await upload()).status_code == 200
 
-    asyncio.run(scene())
+    asyncio.run(asyncio.wait_for(scene(), 60))
 
 
 def test_bytes_held_by_all_requests_together_are_limited_and_given_back(small: FastAPI) -> None:
@@ -573,7 +576,7 @@ def test_what_was_done_is_counted_by_few_names(bundle: Bundle) -> None:
     lines = answer.text.splitlines()
     assert 'pneumoscope_requests_total{path="/predict",status="200"} 1.0' in lines
     assert 'pneumoscope_images_total{call="unreadable"} 1.0' in lines
-    assert "pneumoscope_batch_images_count 1.0" in lines
+    assert "pneumoscope_batch_images_sum 2.0" in lines
     assert "pneumoscope_waiting_images 0.0" in lines
     assert "pneumoscope_held_bytes 0.0" in lines
     assert 'pneumoscope_requests_total{path="other",status="404"} 2.0' in lines

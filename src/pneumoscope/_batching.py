@@ -1,7 +1,7 @@
-"""Joins what concurrent requests bring into batches: one worker, which takes what has come while it was busy.
+"""Joins what concurrent requests bring into batches: a few workers, which take what has come while they were busy.
 
 Owns the queue in front of the network and when a batch is run. Knows nothing of images, networks or HTTP. Lives in one
-event loop; the work itself runs in a thread of its own.
+event loop; the work itself runs in threads of its own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ class Batcher(Generic[T, R]):
     """Run work on batches of what is submitted one by one.
 
     An item that comes alone is worked on at once. Where others were announced (`coming`), an idle worker waits for
-    them, but not longer than the delay. A worker that was busy takes at once what has come meanwhile.
+    them, but not longer than the delay. A worker that was busy takes at once what has come meanwhile. Further workers
+    help only where `enough` items wait, because a batch costs less than its items one by one.
 
     Parameters
     ----------
     work : callable
-        Takes a list of items and returns as many results, in their order. Called in a thread, never twice at a time.
+        Takes a list of items and returns as many results, in their order. Called in threads.
     batch : int
         Items in a call, at most.
     delay_ms : float
         Longest wait of an idle worker for items that are coming.
+    workers : int
+        Batches that are worked on at a time.
+    enough : int
+        Items that must wait before a second worker helps.
     seen : callable, optional
         Told the length of each batch, in the event loop.
     """
@@ -41,15 +46,19 @@ class Batcher(Generic[T, R]):
         *,
         batch: int,
         delay_ms: float,
+        workers: int = 1,
+        enough: int = 1,
         seen: Callable[[int], None] | None = None,
     ) -> None:
         self._work = work
         self._batch = batch
         self._delay_s = delay_ms / 1000
+        self._workers = workers
+        self._enough = enough
         self._seen = seen
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="network")
         self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._running = False
+        self._running = 0
         self._timer: asyncio.TimerHandle | None = None
         self._coming = 0
 
@@ -83,12 +92,16 @@ class Batcher(Generic[T, R]):
         return await future
 
     def close(self) -> None:
-        """End the thread, once it has done what it does."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the threads, once they have done what they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> None:
         """Run a batch now, or see to it that one is run later."""
-        if self._running or not self._queue:
+        if not self._queue or self._running == self._workers:
+            return
+        if self._running:
+            if len(self._queue) >= self._enough:
+                self._run()
             return
         if self._coming and len(self._queue) < self._batch:
             if self._timer is None:
@@ -107,15 +120,15 @@ class Batcher(Generic[T, R]):
                 taken.append((item, future))
         if not taken:
             return
-        self._running = True
+        self._running += 1
         if self._seen is not None:
             self._seen(len(taken))
         items, futures = [item for item, _ in taken], [future for _, future in taken]
-        job = asyncio.get_running_loop().run_in_executor(self._thread, self._work, items)
+        job = asyncio.get_running_loop().run_in_executor(self._threads, self._work, items)
         job.add_done_callback(lambda done: self._finish(futures, done))
 
     def _finish(self, futures: list[asyncio.Future[R]], done: asyncio.Future[Sequence[R]]) -> None:
-        self._running = False
+        self._running -= 1
         self._run()  # at once: what came meanwhile has waited
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         results: Sequence[R] = () if error is not None else done.result()

@@ -55,8 +55,7 @@ class Timing(_Shape):
     """Milliseconds."""
 
     read: float = Field(description="Until the request had come in whole.")
-    decode: float = Field(description="Decoding, waiting for it included, of the slowest image.")
-    network: float = Field(description="The network, waiting for it included, of the slowest image.")
+    answer: float = Field(description="Decoding and the network, waiting included, of the slowest image.")
     total: float
 
 
