@@ -202,3 +202,21 @@ def test_an_unfinished_run_and_a_folder_of_something_else_are_refused(run: Run, 
     Run(folder).update_manifest(status="stopped")
     with pytest.raises(RunError, match="is stopped, not finished"):
         export.export(Run(folder), "cnn", tmp_path / "bundle")
+
+
+def test_keras_and_tensorflow_lite_are_written_beside_and_score_alike(run: Run, tmp_path: Path) -> None:
+    export.also(run, "cnn", tmp_path / "out" / "model.keras")
+    assert (tmp_path / "out" / "model.keras").read_bytes() == run.model_path("cnn").read_bytes()
+    export.also(run, "cnn", tmp_path / "out" / "model.tflite")
+    assert (tmp_path / "out" / "model.tflite").read_bytes()[4:8] == b"TFL3"
+    with pytest.raises(UsageError, match=r"ends in '\.h5'; a model can be written as \.keras or \.tflite"):
+        export.also(run, "cnn", tmp_path / "model.h5")
+
+
+def test_tensorflow_lite_that_scores_otherwise_is_not_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pneumoscope._backend.lite", lambda model, path: lambda image: 0.5)
+    with pytest.raises(RunError, match="nothing was written"):
+        export.also(run, "cnn", tmp_path / "model.tflite")
+    assert not (tmp_path / "model.tflite").exists()

@@ -343,6 +343,45 @@ def compiles() -> bool:
     return name == "jax" or (name == "tensorflow" and describe().devices != ("CPU",))
 
 
+def lite(model: Any, path: Any) -> Callable[[Any], float]:
+    """Write a Keras model as TensorFlow Lite, by Keras's own exporter, and return what scores one image with it.
+
+    Parameters
+    ----------
+    model : keras.Model
+        With the input (B, H, W, 1) and the output (B, 1).
+    path : Path
+        Of the file.
+
+    Returns
+    -------
+    callable
+        Takes uint8 of shape (H, W), returns the output.
+
+    Raises
+    ------
+    UsageError
+        On another backend than TensorFlow.
+    """
+    if chosen() != "tensorflow":
+        raise UsageError(f"TensorFlow Lite is written by TensorFlow; the backend is {chosen()}: unset KERAS_BACKEND.")
+    with _quiet(), _muted(1), _muted(2), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow as tf
+
+        model.export(path, format="litert")
+        interpreter = tf.lite.Interpreter(str(path))  # deprecated; the package that follows it is one more to install
+        interpreter.allocate_tensors()
+    taken, given = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def score(image: Any) -> float:
+        interpreter.set_tensor(taken["index"], image[None, ..., None].astype(taken["dtype"]))
+        interpreter.invoke()
+        return float(interpreter.get_tensor(given["index"])[0, 0])
+
+    return score
+
+
 def describe() -> Machine:
     """Return the backend, its versions and its devices (starts it where it has not been)."""
     loaded = __getattr__("keras")

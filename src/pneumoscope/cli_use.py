@@ -116,6 +116,10 @@ def export(
     weights: Annotated[
         str, typer.Option(help="How weights are kept: float32, float16 or int8; each must score as the run's own.")
     ] = "float32",
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also a .keras or .tflite file (scores only); may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained model for use elsewhere, as ONNX, once it is shown to score every image as the run does."""
@@ -124,6 +128,9 @@ def export(
 
     voice = voice_of(as_json)
     bundle = exporting.export(Run.open(folder), model, output, weights=weights, narration=voice)  # type: ignore[arg-type]
+    for path in also or []:
+        exporting.also(Run.open(folder), model, path, narration=voice)
+        voice.event("exported", f"Written to {path}.", path=path)
     size = _files.size_text(_files.size_of(bundle.folder))
     voice.event("exported", f"The bundle is in {bundle.folder} ({size}).", path=bundle.folder)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -141,6 +142,47 @@ def export(
         )
     further = {"weights": weights, "parity": {split: vars(found) for split, found in parity.items()}}
     return Bundle.write(folder, network=data, description=described, further=further)
+
+
+def also(run: Run, model: str, path: Path, *, narration: Narration | None = None) -> None:
+    """Write a trained model in a form of Keras's own beside a bundle: scores only, no evidence, nothing known about it.
+
+    Parameters
+    ----------
+    run : Run
+        Finished, for ``.tflite`` its images still where they were.
+    model : {"cnn", "tl", "ft"}
+        Which approach.
+    path : Path
+        Ends in ``.keras``, or in ``.tflite`` for TensorFlow Lite, which passes the same gate as a bundle on validation.
+    narration : Narration, optional
+        Who speaks; silent where not given.
+
+    Raises
+    ------
+    UsageError
+        For another ending, another model, or TensorFlow Lite on another backend than TensorFlow.
+    PneumoscopeError
+        Where it cannot be written, or scores otherwise; then nothing is there.
+    """
+    voice = narration or Narration("silent")
+    if path.suffix not in (".keras", ".tflite"):
+        raise UsageError(f"{path} ends in {path.suffix!r}; a model can be written as .keras or .tflite.")
+    opened = _Opened.of(run, model, voice, images=path.suffix == ".tflite")
+    if path.suffix == ".keras":
+        _files.write_bytes(path, run.model_path(model).read_bytes())
+        return
+    rows = opened.catalog.rows("validation")
+    pixels = opened.store.images[opened.store.rows_of(rows)]
+    with TemporaryDirectory() as folder, voice.stage(f"Writing {model} as TensorFlow Lite"):
+        made = Path(folder) / "model.tflite"
+        score = _backend.lite(opened.keras_model, made)
+        lite = Predictions.of(rows, [score(image) for image in pixels])
+        kept = Predictions.of(rows, run_over(opened.network, opened.store, rows).score)
+        found = compare(kept, lite, threshold=0.5)
+        require_alike({"validation": found}, weights="float32")
+        _files.write_bytes(path, made.read_bytes())
+    voice.say(f"  validation: {found.n:,} images, scores at most {found.difference:.1e} apart.")
 
 
 def open_predictor(run: Run, model: str, *, narration: Narration | None = None) -> Predictor:
