@@ -45,7 +45,7 @@ COMMON = [
 ]  # fmt: skip
 SPECS = {
     "cnn": [*COMMON, "cnn.learning_rate=0.0003", "train.patience=5", "train.plateau_patience=2", "seed=1"],
-    "tl": [*COMMON, "tl.learning_rate=0.001", "train.patience=5", "train.plateau_patience=1", "features.views=2"],
+    "tl": [*COMMON, "tl.learning_rate=0.0005", "train.patience=9", "train.plateau_patience=1", "features.views=2"],
 }
 
 
