@@ -220,3 +220,22 @@ def test_tensorflow_lite_that_scores_otherwise_is_not_written(
     with pytest.raises(RunError, match="nothing was written"):
         export.also(run, "cnn", tmp_path / "model.tflite")
     assert not (tmp_path / "model.tflite").exists()
+
+
+def test_a_network_that_is_changed_after_its_bundle_was_opened_does_not_run(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    bundle = Bundle.open(shutil.copytree(bundles["cnn"].folder, tmp_path / "bundle"))
+    (tmp_path / "bundle" / "model.onnx").write_bytes((bundles["tl"].folder / "model.onnx").read_bytes())
+    with pytest.raises(StoreError, match="was changed while it was in use"):
+        bundle.predictor()
+
+
+def test_8_bit_weights_have_figures_of_their_own(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "LARGEST_DIFFERENCE", dict.fromkeys(export.LARGEST_DIFFERENCE, 1.0))
+    monkeypatch.setattr(export, "LARGEST_AUC_LOSS", 1.0)
+    known = export.export(run, "tl", tmp_path / "int8", weights="int8").description
+    for split, figures in known.metrics.items():
+        assert figures["operating_point"]["threshold"] == known.point[1], split
+    own = _files.read_json(run.metrics_path)["models"]["tl"]["validation"]
+    assert known.metrics["validation"]["loss"] != own["loss"]

@@ -190,11 +190,25 @@ class Bundle:
         Raises
         ------
         StoreError
-            Where onnxruntime cannot load it or it is not a network of ours.
+            Where it was changed since `open`, onnxruntime cannot load it, or it is not a network of ours.
         """
-        network = self.folder / "model.onnx"
-        loaded = OnnxNetwork(network.read_bytes(), name=str(network), threads=threads, spinning=spinning)
-        return Predictor(self.description, loaded)
+        name = str(self.folder / "model.onnx")
+        network = OnnxNetwork(self.network_bytes(), name=name, threads=threads, spinning=spinning)
+        return Predictor(self.description, network)
+
+    def network_bytes(self) -> bytes:
+        """Read the network, which is what its hash names also where the file was changed since `open`.
+
+        Raises
+        ------
+        StoreError
+            Where it was changed.
+        """
+        path = self.folder / "model.onnx"
+        data = path.read_bytes()
+        if _files.sha256_of(data) != self.content["sha256"]:
+            raise StoreError(f"{path} was changed while it was in use; export the bundle again.")
+        return data
 
 
 def is_bundle(folder: Path) -> bool:

@@ -83,7 +83,7 @@ def predict(
 
         run, name = named
         voice.say(f"Asking {name} of {run.folder}.")
-        predictor = exporting.open_predictor(run, name, narration=voice)
+        predictor = exporting.open_predictor(run, name, threads=threads, narration=voice)
     if at is not None:
         predictor = predictor.at(_point(at))
     for note in found.notes:

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
-from pneumoscope import _backend, _files, explainer, inference, intervals, models, onnx_graph
+from pneumoscope import _backend, _files, explainer, inference, intervals, metrics, models, onnx_graph
 from pneumoscope.bundle import Bundle, OnnxNetwork
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, PneumoscopeError, RunError, UsageError
@@ -133,6 +133,7 @@ def export(
             temperature=choice.temperature.value,
             curve=Curve.of(described.chosen_on, chosen.labels, chosen.scores),
             familiarity=None if described.familiarity is None else opened.usual(network, voice)[0],
+            metrics={split: _measured(after, choice) for split, (_, after) in scored.items()},
         )
     parity = {split: compare(*pair, threshold=described.point[1]) for split, pair in scored.items()}
     require_alike(parity, weights=weights)
@@ -185,7 +186,7 @@ def also(run: Run, model: str, path: Path, *, narration: Narration | None = None
     voice.say(f"  validation: {found.n:,} images, scores at most {found.difference:.1e} apart.")
 
 
-def open_predictor(run: Run, model: str, *, narration: Narration | None = None) -> Predictor:
+def open_predictor(run: Run, model: str, *, threads: int = 0, narration: Narration | None = None) -> Predictor:
     """Return a run's model, with Keras, ready to answer.
 
     Parameters
@@ -194,6 +195,8 @@ def open_predictor(run: Run, model: str, *, narration: Narration | None = None) 
         Finished.
     model : {"cnn", "tl", "ft"}
         Which approach.
+    threads : int
+        CPU threads of the network; 0 takes those of the run's Spec.
     narration : Narration, optional
         Who speaks; silent where not given.
 
@@ -207,7 +210,7 @@ def open_predictor(run: Run, model: str, *, narration: Narration | None = None) 
         Where the run or its model cannot be read.
     """
     voice = narration or Narration("silent")
-    opened = _Opened.of(run, model, voice, images=False)
+    opened = _Opened.of(run, model, voice, images=False, threads=threads)
     return Predictor(opened.describe(voice), opened.network)
 
 
@@ -223,7 +226,7 @@ class _Opened:
     _images: tuple[Catalog, ImageStore] | None = None
 
     @classmethod
-    def of(cls, run: Run, model: str, voice: Narration, *, images: bool = True) -> _Opened:
+    def of(cls, run: Run, model: str, voice: Narration, *, images: bool = True, threads: int = 0) -> _Opened:
         if run.status != "finished":
             raise RunError(
                 f"The run in {run.folder} is {run.status}, not finished; run its command again with --resume first."
@@ -231,7 +234,7 @@ class _Opened:
         if model not in (trained := run.trained()):
             raise UsageError(f"The run in {run.folder} has no model {model!r}; it has {', '.join(trained) or 'none'}.")
         spec = run.read_spec()
-        _backend.prepare(threads=spec.train.threads)
+        _backend.prepare(threads=threads or spec.train.threads)
         keras_model = inference.load_model(run.model_path(model), approach=model, spec=spec)
         opened = cls(run, model, spec, keras_model, voice)
         if images:
@@ -427,6 +430,11 @@ def require_alike(parity: Mapping[str, Parity], *, weights: Weights) -> None:
                 f"In 8-bit integers the AUC on {split} falls by {lost:.4f} to {found.auc:.4f} (at most "
                 f"{LARGEST_AUC_LOSS} is allowed); nothing was written: {next_step}."
             )
+
+
+def _measured(scored: Predictions, choice: Choice) -> dict[str, Any]:
+    found = metrics.evaluate(scored, operating_points=choice.points, temperature=choice.temperature.value)
+    return {key: value for key, value in found.as_dict().items() if key not in _DETAILS}
 
 
 def _auc(scored: Predictions) -> float | None:

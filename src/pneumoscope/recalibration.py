@@ -19,13 +19,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope import _files, calibration, intervals, metrics
+from pneumoscope import calibration, intervals, metrics
 from pneumoscope.bundle import Bundle, OnnxNetwork
 from pneumoscope.calibration import Temperature
 from pneumoscope.catalog import Catalog
 from pneumoscope.counts import Confusion, confusion
 from pneumoscope.curves import COST_RATIO
-from pneumoscope.errors import StoreError, UsageError
+from pneumoscope.errors import UsageError
 from pneumoscope.intervals import LEVEL, AucEstimate, Interval
 from pneumoscope.metrics import Evaluation
 from pneumoscope.narration import Narration
@@ -185,9 +185,7 @@ def recalibrate(
     """
     voice = narration or Narration("silent")
     _check_call(source, folder, width=width, cost_ratio=cost_ratio, resamples=resamples)
-    network = (source.folder / "model.onnx").read_bytes()
-    if _files.sha256_of(network) != source.content["sha256"]:
-        raise StoreError(f"{source.folder / 'model.onnx'} was changed while it was in use; export the bundle again.")
+    network = source.network_bytes()
     loaded = OnnxNetwork(network, name=str(source.folder / "model.onnx"), threads=threads)
     sample = score(Predictor(source.description, loaded), catalog, narration=voice)
     require_enough(sample)
