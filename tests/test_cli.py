@@ -27,7 +27,7 @@ from pneumoscope.specs import ALLOWABLE, Spec, valid_keys
 
 VERBS = (
     *("demo", "run", "jobs", "inspect", "audit", "pack", "models", "cache", "doctor"),
-    *("evaluate", "predict", "explain", "export", "recalibrate", "serve", "fetch"),
+    *("evaluate", "report", "predict", "explain", "export", "recalibrate", "serve", "fetch"),
 )
 SETTINGS = (
     *("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32"),
@@ -236,7 +236,7 @@ def test_sigterm_stops_a_run_that_resume_ends_as_if_nothing_had_been(
     done = ended(started("run", data, "-o", folder, *SETTINGS, "--resume", cache=cache))
     assert (done.status, done.stderr) == (0, "")
     assert f"  cnn epoch {int(found[1]):>2}/30" in done.stdout
-    assert "  cnn epoch  1/30" not in done.stdout
+    assert "  cnn  1/30" not in done.stdout
     assert without_locks(folder) == without_locks(finished[0])
     assert figures_in(folder) == figures_in(finished[0])
     same = ["audit.json", "catalog.csv", "spec.toml"]
@@ -502,7 +502,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(
     data: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     text = refused("run", data, "-o", tmp_path / "out", "--preset", "quick", status=2)
-    assert text == "There is no preset 'quick'; choose one of default, tutorial, smoke, demo."
+    assert text == "There is no preset 'quick'; choose one of default, best, tutorial, smoke, demo."
     assert not (tmp_path / "out").exists()
 
 

@@ -96,7 +96,11 @@ def test_a_bundle_knows_what_its_run_knew(run: Run, bundles: dict[str, Bundle]) 
 
 
 def test_nothing_that_is_no_array_is_in_a_bundle(bundles: dict[str, Bundle]) -> None:
-    assert sorted(path.name for path in bundles["tl"].folder.iterdir()) == ["bundle.json", "model.onnx"]
+    assert sorted(path.name for path in bundles["tl"].folder.iterdir()) == [
+        "bundle.json",
+        "model.onnx",
+        "model_card.md",
+    ]
     proto = onnx.load(bundles["tl"].folder / "model.onnx")
     assert all(constant.data_location == onnx.TensorProto.DEFAULT for constant in proto.graph.initializer)
 

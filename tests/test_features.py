@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
-from pneumoscope import backbones, features, models, training
+from pneumoscope import augmentation, backbones, features, models, training
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import StoreError
@@ -112,9 +112,11 @@ def test_views_are_the_clean_images_and_changed_ones(extract: Extraction) -> Non
     assert np.array_equal(clean, extract()["pool"].views[0])
     prefix = keras.Model(extract.network.input, extract.network.get_layer("pool").output)
     for number, view in enumerate(changed, start=1):
-        drawn = models.transforms(VIEWS.augment, 40, seed=(VIEWS.seed, models.VIEWS, number))
+        drawn = augmentation.draw(VIEWS.augment, 40, seed=(VIEWS.seed, models.VIEWS, number))
         images = extract.store.images[ROWS[:40]][..., None]
-        expected = keras.ops.convert_to_numpy(models.augmented(prefix)([images, drawn], training=False))
+        expected = keras.ops.convert_to_numpy(
+            augmentation.augmented(prefix, VIEWS.augment)([images, drawn], training=False)
+        )
         assert np.allclose(view, expected, rtol=1e-5, atol=1e-4)
     assert (np.abs(changed[0] - clean).max(axis=1) > 1e-3).mean() > 0.9
     assert (np.abs(changed[0] - changed[1]).max(axis=1) > 1e-3).mean() > 0.9

@@ -18,16 +18,19 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 # From the ground up; on one floor, a module may import those to its left.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_files", "_locks", "_stopping", "_backend"),
-    ("_codestreams", "_greys", "dicom", "images", "specs", "predictions", "_torch_weights"),
+    ("_codestreams", "_greys", "dicom", "images", "surroundings", "specs", "predictions", "schedules",
+     "_torch_weights"),
     ("_sources", "_inputs", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics",
-     "conformal", "comparison", "familiarity", "shift", "backbones", "models", "evidence", "explainer", "onnx_graph",
-     "predictor"),
-    ("store", "checkpoints", "runs", "bundle", "_chosen", "ledger", "figures", "evidence_figures"),
+     "conformal", "comparison", "familiarity", "shift", "robustness", "augmentation", "backbones", "models",
+     "evidence", "explainer", "onnx_graph", "predictor"),
+    ("store", "checkpoints", "runs", "card", "bundle", "_chosen", "ledger", "figures", "_charts", "evidence_figures"),
     ("appearance", "evidence_checks", "audit", "shortcut", "scorecard", "features", "training", "inference"),
-    ("narration", "answers", "site_sample", "recalibration", "report", "_batching", "_connections", "_gauges",
-     "_uploads", "_guard", "_pictures", "_wire", "serving", "tasks", "_job", "jobs", "kaggle", "doctor"),
-    ("survey", "repeats", "evaluation", "stages", "export", "checks", "pipeline", "batch",
-     "_options", "cli_use", "cli", "__main__"),
+    ("narration", "tracking", "answers", "site_sample", "recalibration", "_report_material", "_report_blocks",
+     "_report_head", "_report_pictures", "_report_data", "_report_measures", "_report_compare", "report", "_batching",
+     "_connections", "_gauges", "_uploads", "_guard", "_pictures", "_wire", "serving", "tasks", "_job", "jobs",
+     "kaggle", "doctor"),
+    ("survey", "repeats", "gallery", "evaluation", "stages", "export", "checks", "pipeline", "batch", "_options",
+     "cli_use", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 GROUND = FLOORS[0]
@@ -40,6 +43,8 @@ KERAS_FREE = (
     "audit",
     "shortcut",
     "figures",
+    "_charts",
+    "card",
     "evidence",
     "predictor",
     "bundle",

@@ -20,7 +20,7 @@ import pytest
 
 from pneumoscope import jobs
 from pneumoscope.errors import PneumoscopeError, SpecError, UsageError
-from pneumoscope.specs import ClusterSpec
+from pneumoscope.surroundings import ClusterSpec
 from pneumoscope.tasks import STOPPED, State, Task
 
 if TYPE_CHECKING:
@@ -498,7 +498,7 @@ INNER = """
 import sys
 from pathlib import Path
 from pneumoscope import jobs
-from pneumoscope.specs import ClusterSpec
+from pneumoscope.surroundings import ClusterSpec
 from pneumoscope.tasks import Task
 cluster = ClusterSpec(time_min=5, cpus=2, mem_gb=0)
 jobs.submit([Task("inner", (sys.executable, "-c", "print('deep')"))], folder=Path(sys.argv[1]), cluster=cluster)

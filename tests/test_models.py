@@ -1,4 +1,4 @@
-"""The three approaches against the tutorial's text, the cut, the augmentation layer, batches and listings."""
+"""The approaches against the tutorial's text, the cut, batches and listings."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy import ndimage
 
 from pneumoscope import backbones, models
 from pneumoscope._backend import keras
 from pneumoscope.errors import SpecError
-from pneumoscope.specs import AugmentSpec, ImageSpec, Spec
+from pneumoscope.specs import ImageSpec, Spec
 
 SMALL = Spec.preset_named("smoke").with_overrides(["image.size_px=32"])
 TUTORIAL = Spec.preset_named("tutorial").with_overrides(["backbone.weights=none"])
@@ -233,89 +232,6 @@ def test_training_the_tail_trains_the_full_model() -> None:
     after = outputs_of(model)
     assert not np.allclose(after, before, rtol=0, atol=1e-4)
     assert np.allclose(outputs_of(tail, features), after, rtol=0, atol=1e-6)
-
-
-# --- Augmentation -----------------------------------------------------------------------------------------------------
-
-
-def resample(images: npt.NDArray[Any], *transforms: tuple[float, float, float]) -> Images:
-    """Apply one transform to each image, or the only one to all."""
-    each = np.array(transforms, dtype=np.float32) * np.ones((len(images), 1), dtype=np.float32)
-    return np.asarray(keras.ops.convert_to_numpy(models.Resample()([images, each])), dtype=np.float32)
-
-
-def test_the_identity_gives_the_image_back_exactly() -> None:
-    image = resample(PIXELS, (1, 0, 0))
-    assert image.dtype == np.float32
-    assert np.array_equal(image, PIXELS)
-
-
-@pytest.mark.parametrize(
-    ("right", "down"), [(4, 0), (-4, 0), (0, 8), (0, -8), (8, -4)], ids=lambda shift: f"{shift:+d}"
-)
-def test_a_shift_moves_right_and_down_and_mirrors_the_outside(right: int, down: int) -> None:
-    moved = resample(PIXELS, (1, right / 32, down / 32))[..., 0]
-    mirrored = np.pad(PIXELS[..., 0], ((0, 0), (8, 8), (8, 8)), mode="symmetric")
-    assert np.allclose(moved, mirrored[:, 8 - down : 40 - down, 8 - right : 40 - right], atol=1e-3)
-    inside = np.roll(PIXELS[..., 0], (down, right), axis=(1, 2))[:, 8:-8, 8:-8]
-    assert np.allclose(moved[:, 8:-8, 8:-8], inside, atol=1e-3)
-
-
-@pytest.mark.parametrize("zoom", [0.8, 1.1, 1.5])
-def test_zoom_enlarges_about_the_centre(zoom: float) -> None:
-    x, y = np.meshgrid(np.arange(32.0), np.arange(32.0))
-    ramps = np.stack([x, y])[..., None].astype(np.float32)
-    across, along = resample(ramps, (zoom, 0, 0))[..., 0]
-    inside = slice(5, -5)
-    assert np.allclose(across[inside, inside], (15.5 + (x - 15.5) / zoom)[inside, inside], atol=1e-3)
-    assert np.allclose(along[inside, inside], (15.5 + (y - 15.5) / zoom)[inside, inside], atol=1e-3)
-
-
-def test_zoom_and_shift_are_one_bilinear_resampling() -> None:
-    drawn = models.transforms(AugmentSpec(zoom=0.1, translation=0.1), len(PIXELS), seed=(1,))
-    ours = resample(PIXELS, *map(tuple, drawn.tolist()))[..., 0]
-    for image, result, (zoom, right, down) in zip(PIXELS[..., 0], ours, drawn.astype(np.float64), strict=True):
-        centre = np.array([15.5, 15.5])
-        offset = centre - (centre + 32 * np.array([down, right])) / zoom  # output (row, column) -> input
-        expected = ndimage.affine_transform(
-            image.astype(np.float64), np.eye(2) / zoom, offset, order=1, mode="grid-constant", cval=np.nan
-        )
-        known = ~np.isnan(expected)
-        assert known.mean() > 0.6
-        assert np.allclose(result[known], expected[known], atol=0.02)
-
-
-def test_each_image_gets_its_own_transform() -> None:
-    pair = resample(np.stack([PIXELS[0]] * 2), (1, 0, 0), (1, 0.25, 0))
-    assert np.array_equal(pair[0], PIXELS[0])
-    assert np.allclose(pair[1][:, 8:], PIXELS[0][:, :-8], atol=1e-3)
-
-
-def test_transforms_are_drawn_from_their_ranges_by_the_seed_alone() -> None:
-    spec = AugmentSpec(zoom=0.1, translation=0.2)
-    drawn = models.transforms(spec, 2000, seed=(42, models.TRANSFORMS, 3))
-    assert drawn.shape == (2000, 3)
-    assert drawn.dtype == np.float32
-    for column, (low, high) in zip(drawn.T, [(0.9, 1.1), (-0.2, 0.2), (-0.2, 0.2)], strict=True):
-        assert low - 1e-6 <= column.min() < low + 0.01 * (high - low)
-        assert high - 0.01 * (high - low) < column.max() <= high + 1e-6
-        assert abs(column.mean() - (low + high) / 2) < 0.05 * (high - low)
-    assert np.abs(np.corrcoef(drawn.T) - np.eye(3)).max() < 0.1
-    assert np.array_equal(models.transforms(spec, 2000, seed=(42, models.TRANSFORMS, 3)), drawn)
-    for other in [(43, models.TRANSFORMS, 3), (42, models.VIEWS, 3), (42, models.TRANSFORMS, 4)]:
-        assert not np.array_equal(models.transforms(spec, 2000, seed=other), drawn)
-    assert np.array_equal(models.transforms(AugmentSpec(), 4, seed=(1,)), [[1, 0, 0]] * 4)
-
-
-def test_an_augmented_model_shares_its_weights_and_sees_the_changed_image() -> None:
-    model = built("cnn", SMALL)
-    network = models.augmented(model)
-    assert set(map(id, network.weights)) == set(map(id, model.weights))
-    same, moved = (np.tile(np.array(row, dtype=np.float32), (6, 1)) for row in [(1, 0, 0), (1.1, 0.1, -0.1)])
-    assert np.allclose(outputs_of(network, [PIXELS, same]), outputs_of(model), rtol=0, atol=1e-6)
-    changed = resample(PIXELS, (1.1, 0.1, -0.1))
-    assert np.allclose(outputs_of(network, [PIXELS, moved]), outputs_of(model, changed), rtol=0, atol=1e-6)
-    assert not np.allclose(outputs_of(model, changed), outputs_of(model), rtol=0, atol=1e-6)
 
 
 # --- Batches and listings ---------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_preset_holds_what_the_design_says(preset: str, table: dict[str, object]
 
 
 def test_every_preset_is_valid_and_knows_its_name() -> None:
-    assert set(PRESETS) == {"default", "tutorial", "smoke", "demo"}
+    assert set(PRESETS) == {"default", "best", "tutorial", "smoke", "demo"}
     assert [Spec.preset_named(name).preset for name in PRESETS] == list(PRESETS)
 
 
@@ -261,7 +261,7 @@ def test_the_hash_follows_the_content() -> None:
         ("image.size_px=31", "--set: image.size_px = 31 is not valid: input should be greater than or equal to 32"),
         (
             "models=cnn,resnet",
-            "--set: models.1 = 'resnet' is not valid: input should be 'cnn', 'tl' or 'ft'; change it.",
+            "--set: models.1 = 'resnet' is not valid: input should be 'cnn', 'tl', 'ft' or 'best'; change it.",
         ),
         ("models=[]", "--set: models = [] is not valid: tuple should have at least 1 item"),
         ("models=cnn,cnn", "each approach can be named once; change it."),
@@ -301,7 +301,7 @@ def test_a_near_miss_is_suggested() -> None:
 def test_an_unknown_preset_is_told_the_others() -> None:
     with pytest.raises(SpecError) as caught:
         Spec.preset_named("tutorail")
-    assert str(caught.value) == ("There is no preset 'tutorail'; choose one of default, tutorial, smoke, demo.")
+    assert str(caught.value) == ("There is no preset 'tutorail'; choose one of default, best, tutorial, smoke, demo.")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_random_weights_are_named_only_for_the_approaches_that_use_them(tiny_set
     spec, catalog = spec_of("backbone.weights=none"), Catalog.scan(tiny_set)
     random = "SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS"
     assert survey.note_of(spec, tiny_set, catalog=catalog) == random
-    assert survey.note_of(spec, tiny_set, catalog=catalog, models_used=["ft"]) == random
+    assert survey.note_of(spec, tiny_set, catalog=catalog, models_used=["ft"]) == "SYNTHETIC DATA, ft on RANDOM WEIGHTS"
     assert survey.note_of(spec, tiny_set, catalog=catalog, models_used=["cnn"]) == "SYNTHETIC DATA"
     assert survey.note_of(spec, tiny_set, catalog=catalog, models_used=()) == "SYNTHETIC DATA"
     assert survey.note_of(spec.with_overrides(["models=cnn"]), tiny_set, catalog=catalog) == "SYNTHETIC DATA"

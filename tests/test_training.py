@@ -20,7 +20,7 @@ from pneumoscope import _backend, metrics, models, training
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import RunError, StoppedEarly
-from pneumoscope.specs import Spec, TrainSpec
+from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
 resource = pytest.importorskip("resource")  # limits a file's size, as POSIX systems can
@@ -92,65 +92,6 @@ def validation_scores(model: Any, packed: Packed) -> tuple[npt.NDArray[Any], npt
     rows = catalog.rows("validation")
     images = store.images[store.rows_of(rows)][..., None]
     return rows["label"].to_numpy(), models.scores(model, lambda at: images[at], len(rows), batch_size=16)
-
-
-# --- The schedule -----------------------------------------------------------------------------------------------------
-
-
-def keras_schedule(losses: Sequence[float], spec: TrainSpec) -> tuple[list[float], int, int]:
-    """Drive Keras's own callbacks: the rate after each epoch, the best epoch, how many epochs there were."""
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    model.compile(optimizer=keras.optimizers.Adam(0.5), loss="mse")
-    stopping = keras.callbacks.EarlyStopping(
-        "val_loss", patience=spec.patience, min_delta=spec.min_delta, restore_best_weights=True
-    )
-    plateau = keras.callbacks.ReduceLROnPlateau(
-        "val_loss", factor=spec.plateau_factor, patience=spec.plateau_patience, min_delta=spec.plateau_min_delta
-    )
-    rates = []
-    for callback in (stopping, plateau):
-        callback.set_model(model)
-        callback.on_train_begin()
-    for epoch, loss in enumerate(losses):
-        for callback in (stopping, plateau):
-            callback.on_epoch_end(epoch, {"val_loss": loss})
-        rates.append(float(model.optimizer.learning_rate))
-        if model.stop_training:
-            break
-    return rates, stopping.best_epoch + 1, len(rates)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_schedule_does_what_the_callbacks_of_keras_do(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    spec = TrainSpec(
-        patience=int(rng.integers(1, 6)),
-        min_delta=float(rng.choice([0, 1 / 64])),
-        plateau_factor=float(rng.choice([0.2, 0.5])),
-        plateau_patience=int(rng.integers(1, 4)),
-        plateau_min_delta=float(rng.choice([0, 1 / 64, 1 / 16])),
-    )
-    losses = (rng.integers(20, 60, 25) - np.arange(25)) / 64  # exact in float32, with ties and gains of just min_delta
-    schedule, rates = training.Schedule(0.5), []
-    for epoch, loss in enumerate(losses.tolist(), start=1):
-        best = schedule.best_epoch
-        assert schedule.update(loss, epoch=epoch, spec=spec) == (schedule.best_epoch != best)
-        rates.append(schedule.learning_rate)
-        if schedule.exhausted(spec):
-            break
-    expected, best_epoch, n = keras_schedule(losses.tolist(), spec)
-    assert np.allclose(rates, expected, rtol=1e-6)
-    assert (schedule.best_epoch, len(rates)) == (best_epoch, n)
-
-
-def test_a_loss_that_is_no_number_is_never_the_best() -> None:
-    schedule, spec = training.Schedule(0.5), TrainSpec(patience=3, plateau_patience=2)
-    best = [schedule.update(loss, epoch=n, spec=spec) for n, loss in enumerate([math.nan, 0.7, math.nan, math.nan], 1)]
-    assert best == [False, True, False, False]
-    assert (schedule.best_loss, schedule.best_epoch, schedule.learning_rate) == (0.7, 2, 0.5 * 0.2)
-    assert not schedule.exhausted(spec)
-    schedule.update(math.nan, epoch=5, spec=spec)
-    assert schedule.exhausted(spec)
 
 
 # --- The same numbers as Keras's own loop -----------------------------------------------------------------------------
@@ -251,7 +192,7 @@ def test_an_epochs_transforms_depend_on_the_seed_and_the_epoch_alone(packed: Pac
         network, scorer, learn, check = training._arrange(
             models.build("cnn", spec), store, catalog, spec=spec, progress=None
         )
-        assert [tuple(part.shape[1:]) for part in network.inputs] == [(32, 32, 1), (3,)]
+        assert [tuple(part.shape[1:]) for part in network.inputs] == [(32, 32, 1), (12,)]
         assert not isinstance(check.batch(slice(0, 4), 1), list)  # validation images stay as they are
         assert scorer.name == "cnn"
         return learn
@@ -264,7 +205,7 @@ def test_an_epochs_transforms_depend_on_the_seed_and_the_epoch_alone(packed: Pac
     assert np.array_equal(again.batch(back, 5)[1], fifth[[2, 0]])
     assert not np.array_equal(first.batch(there, 6)[1], fifth)
     assert not np.array_equal(source(CHANGING.with_overrides(["seed=7"])).batch(there, 5)[1], fifth)
-    assert np.abs(fifth - [1, 0, 0]).max() <= 0.1 + 1e-6
+    assert np.abs(fifth[:, :3] - [1, 0, 0]).max() <= 0.1 + 1e-6
 
 
 def test_stored_views_take_turns_and_stay_beside_their_labels(packed: Packed) -> None:
@@ -389,6 +330,67 @@ def test_a_resumed_training_on_stored_views_is_the_uninterrupted_one(packed: Pac
     again, _ = resumed("tl", packed, VIEWS, tmp_path / "tl.npz", (4,))
     assert_same(state_in(tmp_path / "tl.npz"), state_in(tmp_path / "alone.npz"))
     assert same_weights(again, model)
+
+
+RECIPE = VIEWS.with_overrides(
+    ["train.schedule=cosine", "train.weight_average=0.9", "train.weight_decay=0.1", "train.label_smoothing=0.1"]
+)
+
+
+def test_a_resumed_training_by_cosine_with_averaged_weights_is_the_uninterrupted_one(
+    packed: Packed, tmp_path: Path
+) -> None:
+    spec = RECIPE.with_overrides(["augment.gamma=0.4", "augment.blur=0.03", "augment.noise=0.1"])
+    model, history = train("tl", packed, spec, checkpoint=tmp_path / "alone.npz")
+    assert history.best_epoch == spec.train.epochs
+    again, _ = resumed("tl", packed, spec, tmp_path / "tl.npz", (2, 5))
+    assert_same(state_in(tmp_path / "tl.npz"), state_in(tmp_path / "alone.npz"))
+    assert same_weights(again, model)
+
+
+def test_the_weights_kept_are_the_running_mean_over_all_steps(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[npt.NDArray[Any]]] = []
+    plain = training._Loop._average_weights
+
+    def watched(loop: Any) -> None:
+        seen.append([np.array(keras.ops.convert_to_numpy(weight)) for weight in loop.weights])
+        plain(loop)
+
+    monkeypatch.setattr(training._Loop, "_average_weights", watched)
+    catalog, store = packed
+    model = models.build("tl", RECIPE)
+    training.train(model, store, catalog, spec=RECIPE)
+    mean = seen[0]
+    assert len({value.dtype for value in mean}) == 2  # dropout's random state is among them, and stays what it is
+    for step, now in enumerate(seen, start=1):
+        keep = min(0.9, step / (step + 9))
+        mean = [keep * old + (1 - keep) * new for old, new in zip(mean, now, strict=True)]
+    kept = [np.array(weight) for name in ("head", "logit") for weight in model.get_layer(name).variables]
+    mean = [value for value in mean if value.dtype == np.float32]
+    assert len(seen) == 9
+    for value, expected in zip(kept, mean, strict=True):
+        assert np.allclose(value, expected, rtol=0, atol=1e-6)
+    last = [value for value in seen[-1] if value.dtype == np.float32]
+    assert any(np.abs(value - one).max() > 1e-4 for value, one in zip(kept, last, strict=True))
+
+
+def test_the_mean_of_weights_is_validated_and_the_training_goes_on_from_its_own(packed: Packed) -> None:
+    model, history = train("tl", packed, RECIPE)
+    labels, scores = validation_scores(model, packed)
+    assert history.epochs["val_loss"].iloc[-1] == pytest.approx(metrics.log_loss(labels, scores), rel=1e-4)
+    other, _ = train("tl", packed, RECIPE.with_overrides(["train.weight_average=0.2"]))
+    assert not same_weights(other, model)
+
+
+def test_weight_decay_shrinks_kernels_and_leaves_biases_and_norms(packed: Packed) -> None:
+    network = models.build("cnn", SPEC)
+    optimizer = training._optimizer(SPEC.with_overrides(["train.weight_decay=0.5"]), rate=0.1)
+    before = [np.array(weight) for weight in network.trainable_weights]
+    optimizer.build(network.trainable_weights)
+    optimizer.apply_gradients([(keras.ops.zeros_like(weight), weight) for weight in network.trainable_weights])
+    for weight, old in zip(network.trainable_weights, before, strict=True):
+        factor = 1 - 0.1 * 0.5 if weight.name == "kernel" else 1.0
+        assert np.allclose(np.array(weight), old * factor, atol=1e-6), weight.path
 
 
 def test_a_resumed_training_in_bfloat16_is_the_uninterrupted_one(packed: Packed, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pneumoscope.errors import UsageError
@@ -46,12 +48,26 @@ class Machine:
         For example ``("CPU",)`` or ``("GPU: NVIDIA A100",)``.
     threads : int
         CPU threads in use.
+    cpu : str
+        The processor's name as the system gives it; empty where it gives none.
+    cores : int
+        CPU cores that this process may use.
+    memory_bytes : int or None
+        Memory of the whole machine, of which a job may be allowed less; None where the system does not say.
     """
 
     backend: str
     versions: dict[str, str]
     devices: tuple[str, ...]
     threads: int
+    cpu: str
+    cores: int
+    memory_bytes: int | None
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The names of the GPUs among `devices`."""
+        return tuple(name.removeprefix("GPU: ") for name in self.devices if name.startswith("GPU: "))
 
 
 def chosen() -> str:
@@ -383,13 +399,31 @@ def lite(model: Any, path: Any) -> Callable[[Any], float]:
 
 
 def describe() -> Machine:
-    """Return the backend, its versions and its devices (starts it where it has not been)."""
+    """Return the backend, its versions, its devices and the machine (starts the backend where it has not been)."""
     loaded = __getattr__("keras")
     name = str(loaded.config.backend())
     module = importlib.import_module(name)
     versions = {"python": sys.version.split()[0], "keras": str(loaded.__version__), name: str(module.__version__)}
     devices, threads = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[name](module)
-    return Machine(name, versions, devices or ("CPU",), threads or available_cores())
+    cores = available_cores()
+    return Machine(name, versions, devices or ("CPU",), threads or cores, _processor(), cores, _memory_bytes())
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name; Python's own answer is often empty on Linux."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return " ".join((next(found, "") or platform.processor() or platform.machine()).split())
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return None
 
 
 def _prepare_tensorflow(threads: int, deterministic: bool) -> None:

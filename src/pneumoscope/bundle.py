@@ -1,4 +1,4 @@
-"""The Bundle: what leaves a run for use, two files that need neither Keras nor pickle.
+"""The Bundle: what leaves a run for use, files that need neither Keras nor pickle.
 
 Owns ``model.onnx`` and ``bundle.json`` on the disk, their hash, and running the network with onnxruntime. Knows nothing
 of where a bundle comes from (`export`) or who asks it (`predictor`).
@@ -8,6 +8,7 @@ A folder::
     BUNDLE/model.onnx    input image, uint8 (B, H, W); outputs score, logit, bias (B,), evidence (B, h, w) and
                          features (B, d), float32
            bundle.json   predictor.Description, how the two networks were compared, and the SHA-256 of model.onnx
+           model_card.md what `card` makes of bundle.json; a person goes on with it, so its hash is kept nowhere
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope import _files
+from pneumoscope import _files, card
 from pneumoscope.errors import StoreError
 from pneumoscope.predictor import Description, Outputs, Predictor
 
@@ -122,6 +123,7 @@ class Bundle:
         cls.require_free(folder)
         content = {**description.as_dict(), **(further or {}), "sha256": _files.sha256_of(network)}
         _files.write_bytes(folder / "model.onnx", network)
+        card.put(folder / "model_card.md", card.text_of_bundle(content))
         _files.write_json(folder / "bundle.json", content)  # last: its hash makes the bundle whole
         return cls.open(folder)
 

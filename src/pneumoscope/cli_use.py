@@ -12,6 +12,7 @@ import typer
 
 from pneumoscope import _files
 from pneumoscope._options import Data, Json, Settings, spec_of, voice_of
+from pneumoscope.errors import UsageError
 from pneumoscope.specs import APPROACHES, RESEARCH_USE
 
 Model = Annotated[
@@ -27,7 +28,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the network; 0
 
 def add_to(app: typer.Typer) -> None:
     """Give the command line these verbs."""
-    for verb in (evaluate, predict, explain, export, recalibrate, serve):
+    for verb in (evaluate, report, predict, explain, export, recalibrate, serve):
         app.command()(verb)
 
 
@@ -43,6 +44,31 @@ def evaluate(
     voice = voice_of(as_json)
     path = pipeline.evaluate_run(Run.open(folder), data=data, narration=voice)
     voice.event("evaluated", f"Written to {path}.", path=path)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory, or several to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Of a comparison; comparison.html where not given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report.html anew from its files, or one page that compares several runs."""
+    from pneumoscope import report as reporting
+    from pneumoscope.runs import Run
+
+    runs = [Run.open(folder) for folder in folders]
+    if len(runs) == 1 and output is not None:
+        raise UsageError(
+            f"--output {output} is for a comparison of several runs; the report of one always goes to "
+            f"{runs[0].report_path}. Leave --output away, or name another run."
+        )
+    if len(runs) == 1:
+        path = reporting.write_report(runs[0])
+    else:
+        path = reporting.write_comparison(runs, output or Path("comparison.html"))
+    voice_of(as_json).event("reported", f"Written to {path}.", path=path)
 
 
 def predict(

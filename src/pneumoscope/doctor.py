@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from pneumoscope import _backend, _files, _sources, backbones, jobs
 from pneumoscope.errors import DataError, ImageError, PneumoscopeError, UsageError, WeightsError
-from pneumoscope.specs import Spec
+from pneumoscope.specs import PRETRAINED, Spec
 
 State = Literal["ok", "warn", "missing"]
 Executor = Literal["inline", "local", "slurm"]
@@ -368,7 +368,7 @@ def _weights(spec: Spec) -> Check:
     """Say where the weights of the run's backbone are; a run of the cnn alone can do without."""
     name, chosen = spec.backbone.name, spec.backbone.weights
     found = backbones.weights_path(name)
-    if not {"tl", "ft"} & set(spec.models):
+    if not set(PRETRAINED) & set(spec.models):
         return Check("Weights", "ok", "the cnn needs none" + (f"; those of {name} are here" if found else ""))
     if chosen == "none":
         return Check("Weights", "ok", f"{name} begins with random ones (backbone.weights is none)")
@@ -443,13 +443,13 @@ def stored_bytes(spec: Spec, *, images: int, test: int = 0) -> int:
     """
     steps, size, known = _CUTS[spec.backbone.name], spec.image.size_px, images - test
     pooled = steps[0][2]
-    _, divisor, channels = max(step for step in steps if step[0] <= spec.ft.trainable_layers)
     values = images * pooled  # tl learns from them, and every run compares test with training images by them
     if spec.features.cache:
         copies = (1 + spec.features.views) * (2 if spec.cluster.shards > 1 else 1)  # parts, then the whole of them
         if "tl" in spec.models:
             values += known * pooled * (copies - 1)
-        if "ft" in spec.models:
+        for layers in {getattr(spec, name).trainable_layers for name in ("ft", "best") if name in spec.models}:
+            _, divisor, channels = max(step for step in steps if step[0] <= layers)
             values += known * copies * (-(-size // divisor)) ** 2 * channels
     return images * size**2 + values * (2 if spec.features.dtype == "float16" else 4)
 

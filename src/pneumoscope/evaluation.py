@@ -5,6 +5,7 @@ Owns what is measured, compared and written of a run's models, on its own images
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _files, features, figures, inference, ledger, metrics, scorecard, shift, shortcut
+from pneumoscope import _files, features, figures, gallery, inference, ledger, metrics, scorecard, shift, shortcut
+from pneumoscope import card as model_card
 from pneumoscope.catalog import Catalog
 from pneumoscope.conformal import Share
 from pneumoscope.errors import DataError, RunError, WeightsError
@@ -75,8 +77,10 @@ class Examiner:
         models_of: Run | None = None,
         choices: Mapping[str, Choice] | None = None,
         chosen_on: str | None = None,
-    ) -> None:
+    ) -> dict[str, dict[str, Any]]:
         """Score every model once, measure everything, note that the test images were looked at, and write it all.
+
+        Where the images are the run's own, its gallery and its model card are made anew as well.
 
         Parameters
         ----------
@@ -86,6 +90,11 @@ class Examiner:
             By approach: thresholds and temperature to carry over; chosen anew where not given.
         chosen_on : str, optional
             The split that `choices` came from.
+
+        Returns
+        -------
+        dict of str to dict
+            By approach: how fast it scored, see `speed`.
 
         Raises
         ------
@@ -98,9 +107,12 @@ class Examiner:
         wanted = [split for split in SCORED if not (held_back and split == "test")]
         rows = {split: part for split in wanted if len(part := self.catalog.rows(split))}
         models: dict[str, dict[str, Predictions]] = {}
+        speeds: dict[str, dict[str, Any]] = {}
         for name in source.trained():
             with self.voice.stage(f"Scoring {name}"):
-                models[name] = {split: self._score(name, source.model_path(name), split) for split in rows}
+                scored = {split: self._score(name, source.model_path(name), split) for split in rows}
+                models[name] = {split: predictions for split, (predictions, _) in scored.items()}
+                speeds[name] = speed(sum(map(len, models[name].values())), sum(took for _, took in scored.values()))
                 if models_of is None:
                     self._check_whole(name, models[name]["validation"])
         with self.voice.stage("Measuring"):
@@ -119,6 +131,10 @@ class Examiner:
                 for split, predictions in parts.items():
                     self._write_scores(name, predictions, card.models[name].evaluations[split])
         self._write_metrics(card, self._unlike(rows) | looked)
+        if models_of is None:
+            gallery.write(self.run, self.catalog, self.store, narration=self.voice)
+            model_card.write_card(self.run)
+        return speeds
 
     def _say_cost(self, seconds: float) -> None:
         self.voice.say(
@@ -195,16 +211,19 @@ class Examiner:
                 f"{nearest}; the stored features do not fit it: run pneumoscope cache --clean and train it again."
             )
 
-    def _score(self, name: str, path: Path, split: str) -> Predictions:
+    def _score(self, name: str, path: Path, split: str) -> tuple[Predictions, float]:
+        """Return the scores, and the seconds that scoring took once the model was loaded."""
         model = inference.load_model(path, approach=name, spec=self.spec)
         with self.voice.bar(f"{name} {split}") as progress:
-            return inference.score(
+            started = time.perf_counter()
+            predictions = inference.score(
                 model,
                 self.store,
                 self.catalog.rows(split),
                 batch_size=self.spec.train.batch_size,
                 progress=progress,
             )
+            return predictions, time.perf_counter() - started
 
     def _write_scores(self, name: str, predictions: Predictions, evaluation: Evaluation) -> None:
         split = str(predictions.table["split"].iloc[0])
@@ -251,6 +270,26 @@ class Examiner:
                 "  Thresholds and temperature come from the validation images, which also steered the training; "
                 "split.calibration keeps images apart for them."
             )
+
+
+def speed(images: int, seconds: float, *, of: str = "images") -> dict[str, Any]:
+    """Say how fast images went through, as a stage's record keeps it.
+
+    Parameters
+    ----------
+    images : int
+        How many.
+    seconds : float
+        In how long.
+    of : str
+        What went through: ``images``, or ``stored features`` of them.
+
+    Returns
+    -------
+    dict
+        ``of``, ``images``, ``seconds`` and ``images_per_second``; the last is None where no time passed.
+    """
+    return {"of": of, "images": images, "seconds": seconds, "images_per_second": images / seconds if seconds else None}
 
 
 def _sampled(rows: pd.DataFrame, *, seed: int) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from pneumoscope import _backend, _files, explainer, inference, intervals, metrics, models, onnx_graph
+from pneumoscope import _backend, _files, card, explainer, inference, intervals, metrics, models, onnx_graph
 from pneumoscope.bundle import Bundle, OnnxNetwork
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, PneumoscopeError, RunError, UsageError
@@ -27,7 +27,7 @@ from pneumoscope.predictions import Predictions
 from pneumoscope.predictor import Curve, Description, Network, Outputs, Predictor
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import Choice
-from pneumoscope.specs import TITLES, Spec
+from pneumoscope.specs import INDIFFERENT, TITLES, Spec
 from pneumoscope.stages import own_images
 from pneumoscope.store import ImageStore
 
@@ -141,7 +141,11 @@ def export(
         voice.say(
             f"  {split}: {found.n:,} images, scores at most {found.difference:.1e} apart, {found.flipped} calls differ."
         )
-    further = {"weights": weights, "parity": {split: vars(found) for split, found in parity.items()}}
+    further = {
+        "weights": weights,
+        "parity": {split: vars(found) for split, found in parity.items()},
+        "card": card.facts_of(run, models=(model,), shared=True),
+    }
     return Bundle.write(folder, network=data, description=described, further=further)
 
 
@@ -291,7 +295,7 @@ class _Opened:
                 "model_sha256": _files.sha256_of_file(self.run.model_path(self.model)),
                 "machine": manifest["machine"],
                 "backbone": None if self.model == "cnn" else self.spec.backbone.model_dump(mode="json"),
-                "spec": self.spec.model_dump(mode="json", exclude={"cluster"}),
+                "spec": self.spec.model_dump(mode="json", exclude=set(INDIFFERENT)),
             },
             note=str(manifest["note"]),
         )

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _backend, _files, backbones, models
+from pneumoscope import _backend, _files, augmentation, backbones, models
 from pneumoscope._backend import keras
 from pneumoscope.errors import StoreError
 from pneumoscope.specs import Spec
@@ -293,8 +293,8 @@ class _View:
         """Return the network and how to fetch its inputs."""
         if self.view == 0:
             return prefix, lambda positions: self.store.images[self.rows[positions], ..., None]
-        drawn = models.transforms(self.spec.augment, len(self.rows), seed=(self.spec.seed, models.VIEWS, self.view))
-        return models.augmented(prefix), lambda positions: [
+        drawn = augmentation.draw(self.spec.augment, len(self.rows), seed=(self.spec.seed, models.VIEWS, self.view))
+        return augmentation.augmented(prefix, self.spec.augment), lambda positions: [
             self.store.images[self.rows[positions], ..., None],
             drawn[positions],
         ]

@@ -28,7 +28,7 @@ from typing import Any
 
 from pneumoscope import _files, _job
 from pneumoscope.errors import PneumoscopeError, SpecError, StoreError, UsageError
-from pneumoscope.specs import ClusterSpec
+from pneumoscope.surroundings import ClusterSpec
 from pneumoscope.tasks import STOPPED, STOPPED_REASON, UNFINISHED, OnChange, State, Task, check, tail
 
 _ANSWER_S = 60  # a busy controller may take its time

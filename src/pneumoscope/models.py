@@ -1,4 +1,4 @@
-"""The three approaches as Keras models, and the cut between what is frozen and what trains.
+"""The approaches as Keras models, and the cut between what is frozen and what trains.
 
 Every model takes ``image``, ``(B, H, W, 1)`` with grey values 0 to 255, repeats the channel and rescales inside, and
 returns ``score``, ``(B, 1)``, the sigmoid of ``logit``. Knows nothing of data, schedules or files.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pneumoscope import _backend, backbones
 from pneumoscope._backend import keras
 from pneumoscope.errors import SpecError
-from pneumoscope.specs import AugmentSpec, Spec
+from pneumoscope.specs import Spec
 
 layers, ops = keras.layers, keras.ops
 
@@ -33,7 +33,7 @@ def build(approach: str, spec: Spec) -> Model:
 
     Parameters
     ----------
-    approach : {"cnn", "tl", "ft"}
+    approach : {"cnn", "tl", "ft", "best"}
         Which.
     spec : Spec
         Image size, backbone and seeds.
@@ -139,7 +139,30 @@ def ft(spec: Spec) -> Model:
     return _on_backbone(spec, trainable=spec.ft.trainable_layers, name="ft")
 
 
-_BUILDERS = {"cnn": cnn, "tl": tl, "ft": ft}
+def best(spec: Spec) -> Model:
+    """Build deep fine-tuning: as `ft`, with layers of its own number.
+
+    Parameters
+    ----------
+    spec : Spec
+        ``image.size_px``, ``backbone`` and ``best.trainable_layers``.
+
+    Returns
+    -------
+    keras.Model
+        The head and most of the backbone train.
+
+    Raises
+    ------
+    SpecError
+        Where more layers are asked for than the backbone has.
+    WeightsError
+        Where the backbone's weights cannot be had.
+    """
+    return _on_backbone(spec, trainable=spec.best.trainable_layers, name="best")
+
+
+_BUILDERS = {"cnn": cnn, "tl": tl, "ft": ft, "best": best}
 
 
 def _input(spec: Spec) -> tuple[Any, Any]:
@@ -165,7 +188,7 @@ def _on_backbone(spec: Spec, *, trainable: int, name: str) -> Model:
     frozen = backbones.layers_of(keras.Model(image, features), spec.backbone.name)
     if trainable >= len(frozen):
         raise SpecError(
-            f"ft.trainable_layers is {trainable}, {spec.backbone.name} has {len(frozen)} layers; choose fewer."
+            f"{name}.trainable_layers is {trainable}, {spec.backbone.name} has {len(frozen)} layers; choose fewer."
         )
     for layer in frozen[: len(frozen) - trainable]:
         layer.trainable = False
@@ -232,72 +255,6 @@ def split_at(model: Model, name: str) -> tuple[Model, Model]:
             f"The network {model.name} cannot be cut at {name}: a shortcut goes around it; "
             "choose a layer that every path passes, such as the end of a block."
         ) from error
-
-
-@keras.saving.register_keras_serializable("pneumoscope")
-class Resample(keras.layers.Layer):  # type: ignore[misc]  # Keras ships no types
-    """Zoom and shift each image in one bilinear resampling.
-
-    Called with ``[image, transform]``: images ``(B, H, W, 1)`` of 0 to 255 and ``(B, 3)`` float32 of zoom (1 keeps the
-    scale, 1.1 shows things 10 % larger), shift right and shift down (shares of the side). The outside is mirrored. What
-    is random about a transform is decided by who draws it (`transforms`), so that any epoch can be drawn again.
-    """
-
-    def call(self, inputs: Sequence[Any]) -> Any:
-        """Return float32 images of the same shape."""
-        image, transform = inputs
-        height, width = image.shape[1:3]
-        zoom, right, down = transform[:, 0], transform[:, 1], transform[:, 2]
-        scale, zero = 1 / zoom, ops.zeros_like(zoom)
-        x0 = (width - 1) / 2 * (1 - scale) - right * width * scale
-        y0 = (height - 1) / 2 * (1 - scale) - down * height * scale
-        matrix = ops.stack([scale, zero, x0, zero, scale, y0, zero, zero], axis=1)
-        return ops.image.affine_transform(
-            ops.cast(image, "float32"), matrix, interpolation="bilinear", fill_mode="reflect"
-        )
-
-
-def transforms(
-    spec: AugmentSpec, n: int, *, seed: Sequence[int], dtype: npt.DTypeLike = np.float32
-) -> npt.NDArray[Any]:
-    """Draw random transforms for `Resample`.
-
-    Parameters
-    ----------
-    spec : AugmentSpec
-        How far they may go.
-    n : int
-        How many.
-    seed : sequence of int
-        The same numbers give the same transforms, on every machine.
-    dtype : dtype
-        Of the result.
-
-    Returns
-    -------
-    ndarray, shape (n, 3)
-        Zoom, shift right, shift down, each uniform in its range.
-    """
-    drawn = np.random.default_rng(list(seed)).uniform(-1, 1, (n, 3))
-    return np.asarray(drawn * [spec.zoom, spec.translation, spec.translation] + [1, 0, 0], dtype=dtype)
-
-
-def augmented(model: Model) -> Model:
-    """Put `Resample` in front of a model, sharing its weights.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Takes ``image``.
-
-    Returns
-    -------
-    keras.Model
-        Takes ``[image (B, H, W, 1), transform (B, 3)]``.
-    """
-    image = keras.Input(model.input.shape[1:], name="image")
-    transform = keras.Input((3,), name="transform")
-    return keras.Model([image, transform], model(Resample(name="resample")([image, transform])), name=model.name)
 
 
 def in_batches(

@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pneumoscope import _backend, _files, _stopping, appearance, jobs, repeats, survey
+from pneumoscope import _backend, _files, _stopping, appearance, card, jobs, repeats, report, survey, tracking
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, UsageError
 from pneumoscope.evaluation import Examiner
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import Choice
-from pneumoscope.specs import RESEARCH_USE, Spec
+from pneumoscope.specs import INDIFFERENT, RESEARCH_USE, Spec
 from pneumoscope.stages import Job, own_images, stages_of, status_of
 from pneumoscope.tasks import State, Task, run_local
 
@@ -172,6 +172,7 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
             measured = None
         note = target.read_manifest()["note"]
         Examiner(spec, target, catalog, store, (catalog, store), measured, voice, note).examine()
+        _show(target, voice)
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
     catalog = replace(catalog, table=catalog.table.assign(split="test"))
@@ -268,6 +269,7 @@ def begin(part: Part, *, resume: bool) -> Run:
     RunError
         Where the folder cannot be used, batch jobs work on it, or it was begun with another configuration.
     """
+    tracking.require(part.spec)
     target = Run.create(part.run.folder, resume=resume)
     living = [state for state in jobs.states_if_any(target.jobs_folder) if not state.ended]
     if living and all(state.state == "UNKNOWN" for state in living):
@@ -366,6 +368,7 @@ def _reported(target: Run, voice: Narration, *, status: bool = True) -> Iterator
     try:
         yield
     except BaseException as error:
+        voice.end(error)
         if status:
             target.update_manifest(status=status_of(error), error=str(error) or type(error).__name__)
         raise
@@ -377,11 +380,20 @@ def _finish(target: Run, voice: Narration, *, note: str) -> None:
     target.discard_checkpoints()
     seconds = (datetime.now(UTC) - datetime.fromisoformat(target.read_manifest()["started"])).total_seconds()
     target.update_manifest(status="finished", error=None, finished=now(), seconds=seconds)
+    _show(target, voice)
     voice.say(
-        f"Finished in {seconds_text(seconds)}. Everything is in {target.folder}; "
-        f"the figures of merit are in {target.metrics_path}."
+        f"Finished in {seconds_text(seconds)}. Everything is in {target.folder}; open {target.report_path.name} there, "
+        f"or read the figures of merit in {target.metrics_path.name}."
     )
     voice.say(f"{RESEARCH_USE}." + (f" {note}." if note else ""))
+
+
+def _show(target: Run, voice: Narration) -> None:
+    """Write the page that people read; whatever is wrong with it, the run stands."""
+    try:
+        report.write_report(target)
+    except PneumoscopeError as error:
+        voice.warn(f"There is no report: {error}")
 
 
 def _conclude(parts: Sequence[Part], voice: Narration) -> None:
@@ -398,6 +410,8 @@ def _conclude(parts: Sequence[Part], voice: Narration) -> None:
     if not said:
         return
     _files.write_json(main.run.repeats_path, said)
+    card.write_card(main.run)
+    _show(main.run, voice)
     voice.log_to(main.run.log_path)
     for part in said.values():
         for sentence in part["sentences"]:
@@ -408,7 +422,7 @@ def _conclude(parts: Sequence[Part], voice: Narration) -> None:
 def _check_same(target: Run, spec: Spec) -> None:
     earlier = target.read_spec()
     if earlier.hash != spec.hash:
-        before, now = (part.model_dump(mode="json", exclude={"cluster"}) for part in (earlier, spec))
+        before, now = (part.model_dump(mode="json", exclude=set(INDIFFERENT)) for part in (earlier, spec))
         changed = sorted(key for key in now if now[key] != before[key])
         raise RunError(
             f"{target.folder} was begun with another configuration (different: {', '.join(changed)}); "

@@ -195,6 +195,21 @@ class Run:
         """Return where a figure lies, by its name without ``.png``."""
         return self.folder / "figures" / f"{name}.png"
 
+    @property
+    def gallery_path(self) -> Path:
+        """What the gallery shows; its pictures lie beside it."""
+        return self.folder / "gallery" / "gallery.json"
+
+    @property
+    def card_path(self) -> Path:
+        """The model card."""
+        return self.folder / "model_card.md"
+
+    @property
+    def report_path(self) -> Path:
+        """The report, one HTML file."""
+        return self.folder / "report.html"
+
     def read_spec(self) -> Spec:
         """Return the Spec it was made with.
 
@@ -233,6 +248,22 @@ class Run:
         paths = sorted(self.stage_path("any").parent.glob("*.json"))
         return {path.stem: _without_version(_files.read_json(path)) for path in paths}
 
+    def read_stage(self, name: str) -> dict[str, Any]:
+        """Return one stage's record; empty where there is none yet.
+
+        Parameters
+        ----------
+        name : str
+            Of the stage.
+
+        Raises
+        ------
+        StoreError
+            Where the record is damaged.
+        """
+        path = self.stage_path(name)
+        return _without_version(_files.read_json(path)) if path.exists() else {}
+
     def update_stage(self, name: str, **changes: Any) -> None:
         """Write a stage's record with some keys changed.
 
@@ -250,9 +281,7 @@ class Run:
         PneumoscopeError
             Where it cannot be written; the old one stays whole.
         """
-        path = self.stage_path(name)
-        content = _without_version(_files.read_json(path)) if path.exists() else {}
-        _files.write_json(path, content | changes)
+        _files.write_json(self.stage_path(name), self.read_stage(name) | changes)
 
     def lock(self, name: str = "run") -> AbstractContextManager[_locks.Lease]:
         """Keep other processes from the same work, on this machine and on others, for as long as a block lasts.

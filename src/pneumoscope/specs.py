@@ -13,16 +13,20 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pneumoscope import _files
 from pneumoscope.errors import SpecError
+from pneumoscope.surroundings import ClusterSpec, Part, TrackingSpec
 
-APPROACHES: tuple[str, ...] = ("cnn", "tl", "ft")
-"""The three ways to a model: from scratch, transfer learning, fine-tuning."""
+APPROACHES: tuple[str, ...] = ("cnn", "tl", "ft", "best")
+"""The ways to a model: from scratch, transfer learning, fine-tuning, and the best recipe we know."""
+
+PRETRAINED: tuple[str, ...] = ("tl", "ft", "best")
+"""Those that stand on a backbone."""
 
 TITLES: Mapping[str, str] = MappingProxyType(
-    {"cnn": "CNN from scratch", "tl": "Transfer learning", "ft": "Fine-tuning"}
+    {"cnn": "CNN from scratch", "tl": "Transfer learning", "ft": "Fine-tuning", "best": "Deep fine-tuning"}
 )
 """The approaches' names for people."""
 
@@ -35,6 +39,9 @@ RESEARCH_USE = "Research use only, not a medical device"
 LABELS: tuple[str, str] = ("NORMAL", "PNEUMONIA")
 """Label names; the index is the class: 0 and 1."""
 
+INDIFFERENT: tuple[str, ...] = ("cluster", "tracking")
+"""Tables that no figure depends on: a run may go on with other values."""
+
 _OPEN: tuple[str, ...] = ("data.classes", "cluster.extra")
 """Tables whose keys are the user's own."""
 
@@ -42,11 +49,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class DataSpec(_Part):
+class DataSpec(Part):
     """Where labels come from.
 
     Attributes
@@ -58,7 +61,7 @@ class DataSpec(_Part):
     classes: dict[str, Literal["NORMAL", "PNEUMONIA"]] = Field(default_factory=dict)
 
 
-class SplitSpec(_Part):
+class SplitSpec(Part):
     """How training images are divided.
 
     Attributes
@@ -100,7 +103,7 @@ class SplitSpec(_Part):
         return self
 
 
-class ImageSpec(_Part):
+class ImageSpec(Part):
     """What the networks see.
 
     Attributes
@@ -112,7 +115,7 @@ class ImageSpec(_Part):
     size_px: int = Field(default=224, ge=32, le=1024)
 
 
-class AugmentSpec(_Part):
+class AugmentSpec(Part):
     """Random changes of training images, drawn anew for every image and epoch.
 
     Attributes
@@ -121,18 +124,44 @@ class AugmentSpec(_Part):
         Largest relative change of scale, the same in both directions: 0.1 is 90 % to 110 %.
     translation : float
         Largest shift as a share of the side, in each direction.
+    rotation : float
+        Largest turn in either direction, degrees.
+    stretch : float
+        Largest relative change of width over height: 0.15 is 1 / 1.15 to 1.15.
+    gamma : float
+        Largest relative change of the exponent that grey values are raised to: 0.4 is 1 / 1.4 to 1.4.
+    contrast : float
+        Largest relative change of the contrast about the image's mean: 0.3 is 1 / 1.3 to 1.3.
+    brightness : float
+        Largest shift of all grey values, as a share of white.
+    blur : float
+        Largest standard deviation of a Gaussian blur, as a share of the side; half of the images are not blurred.
+    noise : float
+        Largest standard deviation of noise, as a share of white; half of the images get none.
     """
 
     zoom: float = Field(default=0.0, ge=0, le=0.5)
     translation: float = Field(default=0.0, ge=0, le=0.5)
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    stretch: float = Field(default=0.0, ge=0, le=1)
+    gamma: float = Field(default=0.0, ge=0, le=2)
+    contrast: float = Field(default=0.0, ge=0, le=2)
+    brightness: float = Field(default=0.0, ge=0, le=0.5)
+    blur: float = Field(default=0.0, ge=0, le=0.05)
+    noise: float = Field(default=0.0, ge=0, le=0.5)
 
     @property
     def active(self) -> bool:
         """Whether any change is made at all."""
-        return self.zoom > 0 or self.translation > 0
+        return any(self.model_dump().values())
+
+    @property
+    def of_values(self) -> bool:
+        """Whether grey values are changed, and not only places."""
+        return any((self.gamma, self.contrast, self.brightness, self.blur, self.noise))
 
 
-class BackboneSpec(_Part):
+class BackboneSpec(Part):
     """The pretrained network behind ``tl`` and ``ft``.
 
     Attributes
@@ -150,7 +179,7 @@ class BackboneSpec(_Part):
     scaling: Literal["native", "unit"] = "native"
 
 
-class TrainSpec(_Part):
+class TrainSpec(Part):
     """The schedule, shared by all approaches.
 
     Attributes
@@ -177,6 +206,16 @@ class TrainSpec(_Part):
         ... after so many epochs without a better validation loss ...
     plateau_min_delta : float
         ... where a smaller gain does not count.
+    schedule : {"plateau", "cosine"}
+        ``plateau``: early stopping and the falling rate above. ``cosine``: the rate rises over the first epoch and then
+        falls to 0 along half a cosine; nothing stops early and the last epoch's weights are kept, so that no choice
+        among epochs hangs on the validation images.
+    weight_decay : float
+        AdamW's, applied to kernels; 0 is Adam.
+    label_smoothing : float
+        The loss aims at this / 2 and 1 - this / 2 instead of 0 and 1.
+    weight_average : float
+        Momentum of a running mean of the weights, which is what is validated and kept; 0 for none.
     """
 
     epochs: int = Field(default=20, ge=1)
@@ -190,9 +229,13 @@ class TrainSpec(_Part):
     plateau_factor: Fraction = 0.2
     plateau_patience: int = Field(default=2, ge=1)
     plateau_min_delta: float = Field(default=1e-7, ge=0)
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    weight_decay: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    weight_average: float = Field(default=0.0, ge=0, lt=1)
 
 
-class FeaturesSpec(_Part):
+class FeaturesSpec(Part):
     """What is kept of the frozen part of a network.
 
     Attributes
@@ -211,7 +254,7 @@ class FeaturesSpec(_Part):
     dtype: Literal["float16", "float32"] = "float16"
 
 
-class AuditSpec(_Part):
+class AuditSpec(Part):
     """Findings that shall not stop a run.
 
     Attributes
@@ -233,7 +276,7 @@ class AuditSpec(_Part):
         return names
 
 
-class EvaluationSpec(_Part):
+class EvaluationSpec(Part):
     """How finished models are measured.
 
     Attributes
@@ -251,7 +294,7 @@ class EvaluationSpec(_Part):
     coverage: Fraction = 0.9
 
 
-class CnnSpec(_Part):
+class CnnSpec(Part):
     """The network from scratch.
 
     Attributes
@@ -269,7 +312,7 @@ class CnnSpec(_Part):
     momentum: Fraction = 0.99
 
 
-class TlSpec(_Part):
+class TlSpec(Part):
     """Transfer learning: a frozen backbone and a new head.
 
     Attributes
@@ -281,7 +324,7 @@ class TlSpec(_Part):
     learning_rate: Rate = 5e-5
 
 
-class FtSpec(_Part):
+class FtSpec(Part):
     """Fine-tuning: as transfer learning, and the backbone's last layers train too.
 
     Attributes
@@ -296,57 +339,22 @@ class FtSpec(_Part):
     trainable_layers: int = Field(default=13, ge=1)
 
 
-class ClusterSpec(_Part):
-    """What batch jobs ask Slurm for; no figure depends on it, so a run may go on with other values.
+class BestSpec(Part):
+    """Deep fine-tuning: as `FtSpec`, most of the backbone trains.
 
     Attributes
     ----------
-    partition, account : str
-        As ``sbatch`` takes them; empty for the cluster's own choice.
-    time_min : int
-        Limit of each job, minutes.
-    cpus : int
-        Cores of each job.
-    mem_gb : float
-        Memory of each job, GB; 0 for the cluster's own choice.
-    gpus : int
-        GPUs of each job that runs a network.
-    nodes : int
-        Nodes that one model trains on, data-parallel; 1 unless ``train.devices`` reaches over more.
-    shards : int
-        Jobs that share the frozen layers' pass, each on a part of the images.
-    signal : str
-        Sent before the time limit and at preemption, without ``SIG``; a job keeps its state then. Some communication
-        libraries use USR1 themselves.
-    signal_delay_s : int
-        How long before the limit, seconds.
-    requeue : bool
-        Whether a job that was warned goes back into the queue by itself; else it ends with status 75.
-    requeues : int
-        How often a job may run into its time limit before it is given up.
-    setup : tuple of str
-        Lines of shell before the job's command, such as ``module load`` or ``source .venv/bin/activate``.
-    extra : dict of str to str, int or bool
-        Further ``sbatch`` parameters, without the dashes, such as ``qos``; true for one that has no value.
+    learning_rate : float
+        Adam's.
+    trainable_layers : int
+        How many of the backbone's layers train, counted from its end as ``pneumoscope models`` lists them.
     """
 
-    partition: str = ""
-    account: str = ""
-    time_min: int = Field(default=240, ge=1)
-    cpus: int = Field(default=2, ge=1)
-    mem_gb: float = Field(default=8.0, ge=0)
-    gpus: int = Field(default=0, ge=0)
-    nodes: int = Field(default=1, ge=1)
-    shards: int = Field(default=1, ge=1, le=1000)
-    signal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9+]*$")] = "USR2"
-    signal_delay_s: int = Field(default=90, ge=1)
-    requeue: bool = True
-    requeues: int = Field(default=20, ge=0)
-    setup: tuple[str, ...] = ()
-    extra: dict[str, str | int | bool] = Field(default_factory=dict)
+    learning_rate: Rate = 1e-3
+    trainable_layers: int = Field(default=82, ge=1)
 
 
-class Spec(_Part):
+class Spec(Part):
     """The whole description of a run.
 
     Attributes
@@ -355,15 +363,15 @@ class Spec(_Part):
         The preset it began as.
     seed : int
         Of the split, the initial weights, the order of images, augmentation and dropout.
-    models : tuple of {"cnn", "tl", "ft"}
+    models : tuple of {"cnn", "tl", "ft", "best"}
         The approaches to train, in this order, each once.
-    data, split, image, augment, backbone, train, features, audit, evaluation, cnn, tl, ft, cluster
+    data, split, image, augment, backbone, train, features, audit, evaluation, cnn, tl, ft, best, cluster, tracking
         The parts; see their classes.
     """
 
     preset: str = "default"
     seed: int = Field(default=42, ge=0, lt=2**31)
-    models: tuple[Literal["cnn", "tl", "ft"], ...] = Field(default=("cnn", "tl", "ft"), min_length=1)
+    models: tuple[Literal["cnn", "tl", "ft", "best"], ...] = Field(default=("cnn", "tl", "ft"), min_length=1)
     data: DataSpec = DataSpec()
     split: SplitSpec = SplitSpec()
     image: ImageSpec = ImageSpec()
@@ -376,7 +384,9 @@ class Spec(_Part):
     cnn: CnnSpec = CnnSpec()
     tl: TlSpec = TlSpec()
     ft: FtSpec = FtSpec()
+    best: BestSpec = BestSpec()
     cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
 
     @field_validator("models")
     @classmethod
@@ -391,7 +401,7 @@ class Spec(_Part):
 
         Parameters
         ----------
-        name : {"default", "tutorial", "smoke", "demo"}
+        name : {"default", "best", "tutorial", "smoke", "demo"}
 
         Raises
         ------
@@ -456,7 +466,7 @@ class Spec(_Part):
     @property
     def hash(self) -> str:
         """SHA-256 of everything in the Spec that a figure can depend on, 64 hexadecimal digits."""
-        return _files.hash_of(self.model_dump(mode="json", exclude={"cluster"}))
+        return _files.hash_of(self.model_dump(mode="json", exclude=set(INDIFFERENT)))
 
     def _merged(self, changes: Mapping[str, Any], *, source: str) -> Self:
         content = self.model_dump(mode="json")
@@ -543,6 +553,28 @@ _DEFAULT: dict[str, Any] = {
 PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "default": _DEFAULT,
+        "best": {
+            "models": ["best"],
+            "split": {"calibration": 0.5},
+            "augment": {
+                "zoom": 0.15,
+                "translation": 0.08,
+                "rotation": 10,
+                "stretch": 0.2,
+                "gamma": 0.5,
+                "contrast": 0.4,
+                "brightness": 0.1,
+                "blur": 0.009,
+                "noise": 0.08,
+            },
+            "train": {
+                "epochs": 10,
+                "schedule": "cosine",
+                "weight_decay": 0.01,
+                "weight_average": 0.99,
+            },
+            "features": {"views": 8},
+        },
         "tutorial": {
             "split": {"by": "image", "validation": 0.2},
             "augment": {"zoom": 0.1, "translation": 0.1},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,20 +29,21 @@ from pneumoscope import (
     figures,
     models,
     survey,
+    tracking,
     training,
 )
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
-from pneumoscope.evaluation import Examiner
-from pneumoscope.narration import Narration, seconds_text
+from pneumoscope.evaluation import Examiner, speed
+from pneumoscope.narration import Bar, Narration, seconds_text
 from pneumoscope.runs import Run, Status
-from pneumoscope.specs import TITLES, Spec
+from pneumoscope.specs import PRETRAINED, TITLES, Spec
 from pneumoscope.store import ImageStore
 
 
 def stages_of(spec: Spec) -> list[str]:
     """Return the stages of one run, in order: ``images``, ``features``, ``train-M`` for each approach, ``evaluate``."""
-    cached = spec.features.cache and {"tl", "ft"} & set(spec.models)
+    cached = spec.features.cache and set(PRETRAINED) & set(spec.models)
     return ["images", *(["features"] if cached else []), *(f"train-{name}" for name in spec.models), "evaluate"]
 
 
@@ -65,6 +67,40 @@ class _Images:
     store: ImageStore
     measured: pd.DataFrame | None
     note: str
+
+
+_LEAP = 64
+"""Images between two reports of progress; more at once were not computed but stored before."""
+
+
+class _Pace:
+    """Counts what is computed between two reports of progress, and passes the reports on.
+
+    The first step, in which a network is compiled, does not count, nor does a leap over what was stored before.
+    """
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report, self._last = report, (-1, 0.0)
+        self.images, self.seconds = 0, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        before, since = self._last
+        now = time.perf_counter()
+        if before >= 0 and 0 < done - before <= _LEAP:
+            self.images, self.seconds = self.images + done - before, self.seconds + now - since
+        self._last = done, now
+        self._report(done, total)
+
+
+class _Epochs:
+    """Shows the steps of one epoch after the other as steps of the whole training."""
+
+    def __init__(self, bar: Bar, ended: int, epochs: int) -> None:
+        self._bar, self.ended, self._epochs = bar, ended, epochs
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.note(f"epoch {min(self.ended + 1, self._epochs)}/{self._epochs}")
+        self._bar(self.ended * total + done, self._epochs * total)
 
 
 class Job:
@@ -98,6 +134,8 @@ class Job:
     ) -> None:
         self.run, self.spec, self.data, self.voice, self._stop = target, spec, data, voice, stop
         self._threads = spec.train.threads or threads
+        self._mirrors = tracking.Mirrors(target, spec, voice)
+        self._spent = "", datetime.now(UTC), 0.0  # which stage, since when, and its seconds before that
 
     def perform(self, stage: str, *, shard: tuple[int, int] | None = None) -> None:
         """Do one stage, and keep in its record when, where and how it ended.
@@ -121,7 +159,7 @@ class Job:
         if _backend.process(devices)[0]:  # of several processes that train one model, the first one writes
             self._train_beside(approach)
             return
-        with self.run.lock(recorded), self._recorded(recorded):
+        with self.run.lock(recorded), self._mirrors.during(stage), self._recorded(recorded):
             _backend.prepare(threads=self._threads)
             _backend.distribute(devices, batch_size=self.spec.train.batch_size)
             if shard is not None:
@@ -134,20 +172,26 @@ class Job:
     @contextmanager
     def _recorded(self, stage: str) -> Iterator[None]:
         started = datetime.now(UTC)
+        earlier = self.run.read_stage(stage)
+        begun = {"started": _stamp(started), "finished": None, "error": None, "parts": earlier.get("parts", 0) + 1}
         where = {"host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
-        self.run.update_stage(
-            stage, status="running", started=_stamp(started), finished=None, seconds=None, error=None, **where
-        )
+        # what was spent on it before counts; of a part that was killed, only what its last word says is known
+        self._spent = stage, started, float(earlier.get("seconds") or 0)
+        self.run.update_stage(stage, status="running", seconds=self._spent[2], **begun, **where)
         try:
             yield
         except BaseException as error:
-            self._close_record(stage, started, status=status_of(error), error=str(error) or type(error).__name__)
+            self._close_record(status=status_of(error), error=str(error) or type(error).__name__)
             raise
-        self._close_record(stage, started, status="finished")
+        self._close_record(status="finished")
 
-    def _close_record(self, stage: str, started: datetime, **changes: Any) -> None:
-        now = datetime.now(UTC)
-        self.run.update_stage(stage, finished=_stamp(now), seconds=(now - started).total_seconds(), **changes)
+    def _close_record(self, **changes: Any) -> None:
+        self._note(finished=_stamp(datetime.now(UTC)), **changes)
+
+    def _note(self, **changes: Any) -> None:
+        """Add to the record of the stage that is being done, with the seconds of all its parts so far."""
+        stage, started, before = self._spent
+        self.run.update_stage(stage, seconds=before + (datetime.now(UTC) - started).total_seconds(), **changes)
 
     @cached_property
     def _seen(self) -> _Images:
@@ -157,7 +201,8 @@ class Job:
 
     def _images(self) -> None:
         """Read the images and write down what this run is, before any training."""
-        if {"tl", "ft"} & set(self.spec.models):
+        self._mirrors.open()
+        if set(PRETRAINED) & set(self.spec.models):
             backbones.weights_hash(self.spec.backbone)  # missing weights are said now, not after an hour
         catalog, store = survey.read_images(self.spec, self.data, self.voice)
         self._check_same_images(catalog)
@@ -168,14 +213,15 @@ class Job:
         audited.require_passed()
         _files.write_text(self.run.spec_path, self.spec.to_toml())
         catalog.write(self.run.catalog_path)
-        machine = self._describe()
+        self._say_machine()
         self.run.update_manifest(
             data=str(self.data.absolute()),
             note=note,
             spec_hash=self.spec.hash,
             data_hash=catalog.content_hash,
-            machine=machine,
+            machine=_machine(),
         )
+        self._mirrors.begin()
         self._seen = _Images(catalog, store, audited.measures, note)
         with self.voice.stage("Drawing the data"):
             survey.draw_data(catalog, store, self.run, note=note, seed=self.spec.seed)
@@ -190,18 +236,11 @@ class Job:
                 "give the same ones to go on, or choose a new folder with -o."
             )
 
-    def _describe(self) -> dict[str, Any]:
+    def _say_machine(self) -> None:
         machine = _backend.describe()
         self.voice.say(
             f"  Computing with {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads."
         )
-        return {
-            "backend": machine.backend,
-            "versions": machine.versions,
-            "devices": list(machine.devices),
-            "threads": machine.threads,
-            "platform": platform.platform(),
-        }
 
     def _features(self, shard: tuple[int, int] | None = None) -> None:
         """Run the frozen layers once, for all approaches that still have to be trained on them."""
@@ -211,15 +250,26 @@ class Job:
             return
         self._say_views(list(built))
         with self.voice.stage("Running the frozen layers once"), self.voice.bar("features") as progress:
-            training.extract_features(
-                list(built.values()),
-                self._seen.store,
-                self._seen.catalog,
-                spec=self.spec,
-                shard=shard,
-                parts=self.spec.cluster.shards,
-                progress=progress,
-            )
+            pace = _Pace(progress)
+            try:
+                training.extract_features(
+                    list(built.values()),
+                    self._seen.store,
+                    self._seen.catalog,
+                    spec=self.spec,
+                    shard=shard,
+                    parts=self.spec.cluster.shards,
+                    progress=pace,
+                )
+            finally:
+                self._note_features(pace)
+
+    def _note_features(self, pace: _Pace) -> None:
+        """Keep how fast images went through the frozen layers, in all parts; where all were stored, nothing is new."""
+        if pace.images:
+            earlier = self.run.read_stage(self._spent[0]).get("speed") or {"images": 0, "seconds": 0.0}
+            both = speed(earlier["images"] + pace.images, earlier["seconds"] + pace.seconds)
+            self._note(speed=both, machine=_machine())
 
     def _say_views(self, names: list[str]) -> None:
         if self.spec.augment.active and not self.spec.features.views:
@@ -232,23 +282,26 @@ class Job:
         if self.run.model_path(name).exists():
             return
         spec, title = self.spec, TITLES[name]
-        model = models.build(name, spec)
         with (
             self.voice.stage(f"Training {name} ({title})"),
-            self.voice.bar(name, unit="steps") as progress,
+            self.voice.bar(name, unit="steps") as bar,
             _stopping.patient(),
         ):
+            model = models.build(name, spec)
+            progress = _Epochs(bar, int(self.run.read_stage(f"train-{name}").get("epoch") or 0), spec.train.epochs)
             history = training.train(
                 model,
                 self._seen.store,
                 self._seen.catalog,
                 spec=spec,
                 checkpoint=self.run.checkpoint_path(name),
-                on_epoch=lambda row: self._say_epoch(name, row),
+                on_epoch=lambda row: self._end_epoch(name, row, progress),
                 progress=progress,
                 stop=self._stop,
                 say=self.voice.warn,
             )
+        self._mirrors.trained(name, history.epochs.to_dict("records"))
+        self._note_training(model, history)
         if history.diverged:
             self.voice.warn(
                 f"{name} ended with a loss that is no number; the weights of epoch {history.best_epoch}, the best "
@@ -259,6 +312,22 @@ class Job:
         self._warn_if_fragile(name, history)
         self._draw_history(name, history)
         _save_model(model, self.run.model_path(name))
+
+    def _note_training(self, model: models.Model, history: training.History) -> None:
+        """Keep what the network is and what its epochs cost, those of earlier parts among them."""
+        cached = models.cut(model) is not None and self.spec.features.cache
+        images = len(history.epochs) * len(self._seen.catalog.rows("train"))
+        self._note(
+            parameters={
+                "total": models.count_parameters(model),
+                "trainable": models.count_parameters(model, trainable_only=True),
+            },
+            best_epoch=history.best_epoch,
+            stopped_early=history.stopped_early,
+            diverged=history.diverged,
+            speed=speed(images, float(history.epochs["seconds"].sum()), of="stored features" if cached else "images"),
+            machine=_machine(),
+        )
 
     def _train_beside(self, name: str) -> None:
         """Train along with the first process of several, which keeps what comes of it."""
@@ -282,19 +351,31 @@ class Job:
             figure = draw(history.epochs, title=title, note=self._seen.note, best_epoch=history.best_epoch)
             figures.save(figure, self.run.figure_path(f"{name}_learning_curve_{kind}"))
 
-    def _say_epoch(self, name: str, row: dict[str, float]) -> None:
-        self.run.update_stage(
-            f"train-{name}", epoch=int(row["epoch"]), epochs=self.spec.train.epochs, val_loss=row["val_loss"]
-        )
+    def _end_epoch(self, name: str, row: dict[str, float], progress: _Epochs) -> None:
+        """Say and keep how an epoch ended; its record knows the best one before, also of an earlier process."""
+        epoch, schedule = int(row["epoch"]), self.spec.train
+        earlier = self.run.read_stage(f"train-{name}") if epoch > 1 else {}
+        best, lowest = earlier.get("best_epoch") or 0, earlier.get("best_val_loss")
+        if row["val_loss"] < (float("inf") if lowest is None else lowest - schedule.min_delta):
+            best, lowest = epoch, row["val_loss"]
+        kept = {"epochs": schedule.epochs, "best_epoch": best, "best_val_loss": lowest}
+        self._note(epoch=epoch, val_loss=row["val_loss"], learning_rate=row["learning_rate"], **kept)
+        rate = earlier.get("learning_rate", row["learning_rate"])
+        if row["learning_rate"] != rate:
+            text = f"  {name}: learning rate {rate:.1e} -> {row['learning_rate']:.1e}"
+            self.voice.event("learning-rate", text, model=name, epoch=epoch, before=rate, now=row["learning_rate"])
+        wait = epoch - best
         self.voice.event(
             "epoch",
-            f"  {name} epoch {row['epoch']:>2.0f}/{self.spec.train.epochs}: "
-            f"loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
-            f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, "
-            f"rate {row['learning_rate']:.1e}, {seconds_text(row['seconds'])}",
+            f"  {name} {epoch:>{len(str(schedule.epochs))}}/{schedule.epochs}"
+            f"  loss {row['train_loss']:.4f} val {row['val_loss']:.4f}"
+            f"  acc {row['train_accuracy']:.3f} val {row['val_accuracy']:.3f}  {seconds_text(row['seconds'])}"
+            f"  {'best' if not wait else f'wait {wait}/{schedule.patience}'}",
             model=name,
-            **row,
+            **row | kept | {"wait": wait, "patience": schedule.patience},
         )
+        progress.ended = epoch
+        self._mirrors.epoch(name, row)
 
     def _warn_if_fragile(self, name: str, history: training.History) -> None:
         if name == "cnn" and history.stopped_early and history.best_epoch == 1:
@@ -311,7 +392,9 @@ class Job:
             if seen.measured is None:
                 seen = self._seen = replace(seen, measured=appearance.look(seen.catalog, seen.store).measures)
             own = (seen.catalog, seen.store)
-            Examiner(self.spec, self.run, *own, own, seen.measured, self.voice, seen.note).examine()
+            speeds = Examiner(self.spec, self.run, *own, own, seen.measured, self.voice, seen.note).examine()
+            self._mirrors.measured()
+            self._note(speeds=speeds, machine=_machine())
         if missing:
             raise RunError(self._why_missing(missing))
 
@@ -358,6 +441,22 @@ def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, Imag
     catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
     store = survey.pack(catalog, spec, voice)
     return catalog.quarantine(store.rejected), store
+
+
+def _machine() -> dict[str, Any]:
+    """Return what this process computes with and on, as manifest and records keep it."""
+    machine = _backend.describe()
+    return {
+        "backend": machine.backend,
+        "versions": machine.versions,
+        "devices": list(machine.devices),
+        "threads": machine.threads,
+        "platform": platform.platform(),
+        "cpu": machine.cpu,
+        "cores": machine.cores,
+        "memory_bytes": machine.memory_bytes,
+        "gpus": list(machine.gpus),
+    }
 
 
 def status_of(error: BaseException) -> Status:

@@ -18,7 +18,7 @@ from pneumoscope.audit import Audit
 from pneumoscope.catalog import Catalog
 from pneumoscope.narration import Narration
 from pneumoscope.runs import Run
-from pneumoscope.specs import LABELS, Spec
+from pneumoscope.specs import LABELS, PRETRAINED, Spec
 from pneumoscope.store import ImageStore
 
 SAMPLES = 12
@@ -195,8 +195,9 @@ def note_of(spec: Spec, data: Path, *, catalog: Catalog, models_used: Sequence[s
     first = catalog.rows().drop_duplicates(["split", "label"])["path"]  # of each part, because lists can be mixed
     if phantom.is_synthetic(data) or any(phantom.is_synthetic_image(catalog.read_bytes(path)) for path in first):
         marks.append("SYNTHETIC DATA")
-    if spec.backbone.weights == "none" and {"tl", "ft"} & set(spec.models if models_used is None else models_used):
-        marks.append("tl and ft on RANDOM WEIGHTS")
+    hollow = [name for name in PRETRAINED if name in (spec.models if models_used is None else models_used)]
+    if spec.backbone.weights == "none" and hollow:
+        marks.append(f"{' and '.join(hollow)} on RANDOM WEIGHTS")
     return ", ".join(marks)
 
 

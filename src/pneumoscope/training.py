@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pneumoscope import _backend, features, metrics, models
+from pneumoscope import _backend, augmentation, features, metrics, models
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
 from pneumoscope.checkpoints import Arrays, Checkpoint
 from pneumoscope.errors import RunError, StoppedEarly
-from pneumoscope.specs import AugmentSpec, Spec, TrainSpec
+from pneumoscope.schedules import Schedule, cosine
+from pneumoscope.specs import AugmentSpec, Spec
 from pneumoscope.store import ImageStore
 
 HISTORY_COLUMNS: tuple[str, ...] = (
@@ -65,63 +67,6 @@ class History:
 
 
 @dataclass
-class Schedule:
-    """EarlyStopping and ReduceLROnPlateau on the validation loss, as Keras defines them, with nothing hidden.
-
-    Attributes
-    ----------
-    learning_rate : float
-        In force.
-    best_loss, best_epoch, wait
-        EarlyStopping's.
-    plateau_loss, plateau_wait
-        ReduceLROnPlateau's.
-    """
-
-    learning_rate: float
-    best_loss: float = float("inf")
-    best_epoch: int = 0
-    wait: int = 0
-    plateau_loss: float = float("inf")
-    plateau_wait: int = 0
-
-    def update(self, val_loss: float, *, epoch: int, spec: TrainSpec) -> bool:
-        """Take in one epoch's validation loss.
-
-        Parameters
-        ----------
-        val_loss : float
-            In nats; a NaN is never an improvement.
-        epoch : int
-            From 1.
-        spec : TrainSpec
-            Patience, smallest gains and the factor.
-
-        Returns
-        -------
-        bool
-            Whether this epoch is the best so far. `exhausted` tells whether to stop.
-        """
-        improved = val_loss < self.best_loss - spec.min_delta
-        if improved:
-            self.best_loss, self.best_epoch, self.wait = val_loss, epoch, 0
-        else:
-            self.wait += 1
-        if val_loss < self.plateau_loss - spec.plateau_min_delta:
-            self.plateau_loss, self.plateau_wait = val_loss, 0
-        else:
-            self.plateau_wait += 1
-            if self.plateau_wait >= spec.plateau_patience:
-                self.learning_rate *= spec.plateau_factor
-                self.plateau_wait = 0
-        return improved
-
-    def exhausted(self, spec: TrainSpec) -> bool:
-        """Whether early stopping ends the training now."""
-        return self.wait >= spec.patience
-
-
-@dataclass
 class _State:
     """Where a training stands between two steps; with the arrays of the checkpoint it is the whole of it."""
 
@@ -134,6 +79,7 @@ class _State:
     seconds: float = 0.0
     rows: list[list[float]] = field(default_factory=list)
     diverged: bool = False
+    updates: int = 0
 
 
 class _Source(Protocol):
@@ -160,7 +106,7 @@ class _Images:
             return pixels
         if self._drawn[0] != epoch:
             seed = (self._seed, models.TRANSFORMS, epoch)
-            self._drawn = epoch, models.transforms(self._augment, len(self._rows), seed=seed)
+            self._drawn = epoch, augmentation.draw(self._augment, len(self._rows), seed=seed)
         return [pixels, self._drawn[1][positions]]
 
 
@@ -250,8 +196,8 @@ def train(
     network, scorer, learn, check = _arrange(model, store, catalog, spec=spec, progress=progress)
     _backend.split(network)
     network.compile(
-        optimizer=keras.optimizers.Adam(getattr(spec, model.name).learning_rate),
-        loss=keras.losses.BinaryCrossentropy(),
+        optimizer=_optimizer(spec, rate=getattr(spec, model.name).learning_rate),
+        loss=keras.losses.BinaryCrossentropy(label_smoothing=spec.train.label_smoothing),
         metrics=[keras.metrics.BinaryAccuracy(name="accuracy")],
         jit_compile=_backend.compiles(),
     )
@@ -271,6 +217,15 @@ def train(
     return loop.history()
 
 
+def _optimizer(spec: Spec, *, rate: float) -> Any:
+    decay = spec.train.weight_decay
+    if not decay:
+        return keras.optimizers.Adam(rate)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])  # as usual: only kernels shrink
+    return optimizer
+
+
 def _arrange(
     model: models.Model, store: ImageStore, catalog: Catalog, *, spec: Spec, progress: Callable[[int, int], None] | None
 ) -> tuple[models.Model, models.Model, _Source, _Source]:
@@ -279,7 +234,7 @@ def _arrange(
     cut = models.cut(model)
     if cut is None or not spec.features.cache:
         changed = spec.augment if spec.augment.active else None
-        network = models.augmented(model) if changed else model
+        network = augmentation.augmented(model, changed) if changed else model
         return network, model, _Images(store, learn, changed, spec.seed), _Images(store, check, None, spec.seed)
     stored = extract_features([model], store, catalog, spec=spec, progress=progress)[cut]
     _, tail = models.split_at(model, cut)
@@ -374,6 +329,7 @@ class _Loop:
         self.state, self._rate = _State(Schedule(rate)), rate
         self.weights = _changing(network)
         self.best: list[npt.NDArray[Any]] = []
+        self.average: list[Any] = []
         self._label_weights = _label_weights(learn.labels) if spec.train.class_weights else None
 
     def run(
@@ -425,17 +381,58 @@ class _Loop:
         labels = self.learn.labels[positions]
         weights = None if self._label_weights is None else self._label_weights[labels.astype(np.intp)]
         inputs = self.learn.batch(positions, self.state.epoch)
+        self._set_rate()
         self.network.reset_metrics()  # sums are kept here, where they can be written down
         logs = self.network.train_on_batch(inputs, labels[:, None], sample_weight=weights, return_dict=True)
+        self._average_weights()
         self.state.images_seen += len(labels)
         self.state.loss_sum += float(logs["loss"]) * len(labels)
         self.state.right_sum += float(logs["accuracy"]) * len(labels)
 
+    def _set_rate(self) -> None:
+        """Give the optimizer the rate of this step."""
+        spec, state = self.spec.train, self.state
+        if spec.schedule == "cosine":
+            steps = -(-len(self.learn.labels) // spec.batch_size)
+            done = (state.epoch - 1 + (state.step + 0.5) / steps) / spec.epochs
+            state.schedule.learning_rate = self._rate * cosine(done, warmup=1 / (spec.epochs + 1))
+            self.network.optimizer.learning_rate = state.schedule.learning_rate
+
+    def _average_weights(self) -> None:
+        """Take the weights after a step into their running mean, which forgets its first steps quickly."""
+        if not self.spec.train.weight_average:
+            return
+        self.state.updates += 1
+        keep = min(self.spec.train.weight_average, self.state.updates / (self.state.updates + 9))
+        now = [keras.ops.convert_to_tensor(weight) for weight in self.weights]
+        before = self.average or now
+        self.average = [
+            keep * old + (1 - keep) * new if "float" in keras.backend.standardize_dtype(new.dtype) else new
+            for old, new in zip(before, now, strict=True)  # what is no weight is dropout's random state
+        ]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the network have the averaged weights for a while, where there are any."""
+        if not self.average:
+            yield
+            return
+        own = [keras.ops.convert_to_numpy(weight) for weight in self.weights]
+        self._give(keras.ops.convert_to_numpy(value) for value in self.average)
+        yield
+        self._give(own)
+
+    def _give(self, values: Iterable[npt.NDArray[Any]]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            _backend.assign(weight, value)
+
     def _end_epoch(self, started: float) -> dict[str, float]:
         state, n = self.state, len(self.check.labels)
-        scores = models.scores(
-            self.scorer, lambda positions: self.check.batch(positions, 0), n, batch_size=self.spec.train.batch_size
-        )
+        with self._averaged():
+            scores = models.scores(
+                self.scorer, lambda positions: self.check.batch(positions, 0), n, batch_size=self.spec.train.batch_size
+            )
+            reached = [keras.ops.convert_to_numpy(weight) for weight in self.weights]
         val_loss = metrics.log_loss(self.check.labels, scores)
         row = [
             state.epoch,
@@ -448,7 +445,7 @@ class _Loop:
         ]
         state.rows.append(row)
         if state.schedule.update(val_loss, epoch=state.epoch, spec=self.spec.train):
-            self.best = [keras.ops.convert_to_numpy(weight) for weight in self.weights]
+            self.best = reached
         self.network.optimizer.learning_rate = state.schedule.learning_rate
         state.epoch, state.step, state.images_seen = state.epoch + 1, 0, 0
         state.loss_sum = state.right_sum = state.seconds = 0.0
@@ -473,6 +470,7 @@ class _Loop:
             f"optimizer-{index}": keras.ops.convert_to_numpy(value)
             for index, value in enumerate(self.network.optimizer.variables)
         }
+        arrays |= {f"average-{index}": keras.ops.convert_to_numpy(value) for index, value in enumerate(self.average)}
         return asdict(self.state), arrays | {f"best-{index}": value for index, value in enumerate(self.best)}
 
     def take_up(self, state: dict[str, Any], arrays: Arrays) -> None:
@@ -486,7 +484,10 @@ class _Loop:
             _backend.assign(weight, arrays[f"weight-{index}"])
         for index, variable in enumerate(self.network.optimizer.variables):
             _backend.assign(variable, arrays[f"optimizer-{index}"])
-        self.best = [arrays[f"best-{index}"] for index in range(len(self.weights)) if f"best-{index}" in arrays]
+        self.best, self.average = (
+            [arrays[f"{kind}-{index}"] for index in range(len(self.weights)) if f"{kind}-{index}" in arrays]
+            for kind in ("best", "average")
+        )
         self.state = _State(**state | {"schedule": Schedule(**state["schedule"])})
 
 
