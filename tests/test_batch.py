@@ -186,6 +186,7 @@ def test_an_approach_that_fails_leaves_the_others_measured_and_can_be_mended(tin
     )
     assert list(_files.read_json(folder / "metrics.json")["models"]) == ["tl"]
     assert Run(folder).status == "failed"
+    assert "CNN from scratch (cnn) was not measured" in Run(folder).report_path.read_text(encoding="utf-8")
     in_the_way.rmdir()
     pipeline.run(spec, tiny_set, folder, resume=True)
     assert list(_files.read_json(folder / "metrics.json")["models"]) == ["cnn", "tl"]

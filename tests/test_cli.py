@@ -149,7 +149,7 @@ def test_a_run_says_its_epochs_and_results_and_nothing_on_stderr(finished: tuple
     assert not {"\x1b", "\r", "\b"} & set(done.stdout)
     lines = done.stdout.splitlines()
     epochs = [
-        re.match(r"  cnn epoch +(\d+)/30: loss \d+\.\d{4}, accuracy \d\.\d{4}, val_loss \d+\.\d{4}, ", line)
+        re.match(r"  cnn +(\d+)/30  loss \d+\.\d{4} val \d+\.\d{4}  acc \d\.\d{3} val \d\.\d{3}  ", line)
         for line in lines
     ]
     assert [int(found[1]) for found in epochs if found] == list(range(1, 31))
@@ -165,7 +165,9 @@ def test_a_run_says_its_epochs_and_results_and_nothing_on_stderr(finished: tuple
         *(f"{point[name]:.4f}" for name in ("sensitivity", "specificity")),
         *(str(point[name]) for name in errors),
     ]
-    assert lines[-2].endswith(f"Everything is in {folder}; the figures of merit are in {folder / 'metrics.json'}.")
+    assert lines[-2].endswith(
+        f"Everything is in {folder}; open report.html there, or read the figures of merit in metrics.json."
+    )
 
 
 def test_a_run_says_what_its_figures_are_worth_under_their_table(finished: tuple[Path, Done]) -> None:
@@ -220,7 +222,7 @@ def test_sigterm_stops_a_run_that_resume_ends_as_if_nothing_had_been(
     folder, cache = tmp_path / "run", tmp_path / "cache"
     process = started("run", data, "-o", folder, *SETTINGS, cache=cache)
     assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("  cnn epoch"))
+    next(line for line in process.stdout if re.match(r"  cnn +1/30  loss", line))
     process.send_signal(signal.SIGTERM)
     done = ended(process)
     assert done.status == 75
@@ -235,7 +237,7 @@ def test_sigterm_stops_a_run_that_resume_ends_as_if_nothing_had_been(
 
     done = ended(started("run", data, "-o", folder, *SETTINGS, "--resume", cache=cache))
     assert (done.status, done.stderr) == (0, "")
-    assert f"  cnn epoch {int(found[1]):>2}/30" in done.stdout
+    assert f"  cnn {int(found[1]):>2}/30  loss" in done.stdout
     assert "  cnn  1/30" not in done.stdout
     assert without_locks(folder) == without_locks(finished[0])
     assert figures_in(folder) == figures_in(finished[0])
@@ -284,6 +286,7 @@ def test_resume_starts_fresh_where_there_is_nothing_and_json_events_come_in_orde
         "Comparing test with training images",
         "Results on validation, 9 images - SYNTHETIC DATA",
         "Results on test, 16 images - SYNTHETIC DATA",
+        "Making the gallery",
     ]
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["model"], event["epoch"]) for event in epochs] == [("cnn", 1), ("cnn", 2)]
@@ -532,8 +535,8 @@ def test_an_unknown_approach_is_refused_with_the_known_ones(
     models: str, name: str, data: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     text = refused("run", data, "-o", tmp_path / "out", "--models", models, status=2)
-    assert text == f"There is no approach {name!r}; choose from cnn, tl, ft."
-    assert refused("models", "--model", "vgg", status=2) == "There is no approach 'vgg'; choose from cnn, tl, ft."
+    assert text == f"There is no approach {name!r}; choose from cnn, tl, ft, best."
+    assert refused("models", "--model", "vgg", status=2) == "There is no approach 'vgg'; choose from cnn, tl, ft, best."
 
 
 def test_a_configuration_that_is_wrong_is_explained(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import reported
 from pneumoscope import _chosen, _files, cli, phantom, pipeline, serving
 from pneumoscope.bundle import Bundle
 from pneumoscope.errors import PneumoscopeError, RunError, StoreError, UsageError
@@ -245,3 +246,32 @@ def test_serve_beyond_this_machine_needs_a_key_or_a_word(bundle: Bundle, call: C
     status, _, err = call("serve", "--model", bundle.folder, "--host", "0.0.0.0", "--port", "0")
     assert status == 2
     assert "lets everyone who can reach this machine send images" in err
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_the_page_anew(run: Run, call: Call) -> None:
+    assert run.report_path.exists()  # every run ends with it
+    run.report_path.unlink()
+    assert call("report", run.folder) == (0, f"Written to {run.report_path}.\n", "")
+    assert "Research use only" in run.report_path.read_text(encoding="utf-8")
+
+
+def test_report_of_several_runs_compares_them(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [reported.make(tmp_path / name, seed=seed).folder for seed, name in enumerate(("one", "two"))]
+    monkeypatch.chdir(tmp_path)
+    assert call("report", *folders) == (0, "Written to comparison.html.\n", "")
+    status, out, _ = call("report", *folders, "-o", "both.html")
+    assert (status, out) == (0, "Written to both.html.\n")
+    page = Path("both.html").read_text(encoding="utf-8")
+    assert all(f">{folder.name}<" in page for folder in folders)
+
+
+def test_the_report_of_one_run_has_its_place(run: Run, call: Call) -> None:
+    status, _, err = call("report", run.folder, "-o", "elsewhere.html")
+    assert status == 2
+    assert err == (
+        f"pneumoscope: --output elsewhere.html is for a comparison of several runs; the report of one always goes to "
+        f"{run.report_path}. Leave --output away, or name another run.\n"
+    )

@@ -167,7 +167,7 @@ def test_both_approaches_on_one_seed_share_their_frozen_weights() -> None:
 
 
 def test_unknown_approach_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"^There is no approach 'svm'; choose one of cnn, tl, ft\.$"):
+    with pytest.raises(SpecError, match=r"^There is no approach 'svm'; choose one of cnn, tl, ft, best\.$"):
         models.build("svm", SMALL)
 
 

@@ -136,7 +136,12 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(smoke: Finished) -> None
     if read_json(smoke.folder / "audit.json")["pairs"]:
         figures.add("figures/near_duplicates.png")
     stages = {f"stages/{name}.json" for name in ("images", "features", *(f"train-{m}" for m in MODELS), "evaluate")}
-    assert made_under(smoke.folder) == top | models | tables | figures | stages
+    top |= {"report.html", "model_card.md"}
+    made = made_under(smoke.folder)
+    gallery = {name for name in made if name.startswith("gallery/")}
+    assert "gallery/gallery.json" in gallery
+    assert all(re.fullmatch(r"gallery/[\w-]+\.(json|jpg)", name) for name in gallery)
+    assert made - gallery == top | models | tables | figures | stages
     assert not (smoke.folder / "checkpoints").exists()
 
 
@@ -453,7 +458,7 @@ def test_off_a_terminal_a_run_is_quiet_plain_and_unwrapped(smoke: Finished) -> N
     assert not {"\x1b", "\r", "\b"} & set(smoke.stdout)
     assert max(len(line) for line in smoke.stdout.splitlines()) > 100  # in a window of 40
     for model in MODELS:
-        assert sum(line.startswith(f"  {model} epoch") for line in smoke.stdout.splitlines()) == 1
+        assert sum(line.startswith(f"  {model} 1/1  loss") for line in smoke.stdout.splitlines()) == 1
     assert not any(f"{model} test:" in smoke.stdout for model in MODELS)  # a short pass needs no progress line
 
 
@@ -464,7 +469,7 @@ def test_random_weights_are_named_in_every_output(data: Path, tmp_path: Path) ->
     spec = spec_of("backbone.weights=none", "models=tl", "image.size_px=32")
     stream = io.StringIO()
     run = pipeline.run(spec, data, tmp_path / "run", narration=Narration("plain", stream=stream))
-    note = "SYNTHETIC DATA, tl and ft on RANDOM WEIGHTS"
+    note = "SYNTHETIC DATA, tl on RANDOM WEIGHTS"
     assert read_json(run.metrics_path)["note"] == note
     assert read_json(run.manifest_path)["note"] == note
     assert f"Results on test, 16 images - {note}" in stream.getvalue()

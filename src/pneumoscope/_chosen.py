@@ -14,15 +14,19 @@ from pneumoscope.bundle import Bundle, is_bundle
 from pneumoscope.errors import PneumoscopeError, RunError, UsageError
 from pneumoscope.runs import Run
 
+SHIPPED = Path(__file__).with_name("shipped")
+"""The bundle that comes with the package; its model_card.md says what it was made from, and how."""
 
-def find(text: str) -> Bundle | tuple[Run, str]:
+
+def find(text: str | None) -> Bundle | tuple[Run, str]:
     """Return what MODEL stands for.
 
     Parameters
     ----------
-    text : str
-        A bundle's folder, a run's, or a run's with ``:`` and the model's name behind it. Of a run with several models
-        the one with the best AUC on validation is taken where none is named.
+    text : str or None
+        None for the model that comes with the package; else a bundle's folder, a run's, or a run's with ``:`` and the
+        model's name behind it. Of a run with several models the one with the best AUC on validation is taken where none
+        is named.
 
     Returns
     -------
@@ -35,6 +39,8 @@ def find(text: str) -> Bundle | tuple[Run, str]:
     PneumoscopeError
         Where the bundle or the run is damaged.
     """
+    if text is None:
+        return Bundle.open(SHIPPED)
     folder, model = Path(text), ""
     if not folder.exists() and ":" in text:
         name, _, model = text.rpartition(":")
@@ -70,14 +76,14 @@ def best_of(run: Run) -> str:
     return max(trained, key=lambda name: models.get(name, {}).get("validation", {}).get("auc") or 0.0)
 
 
-def bundle_of(text: str) -> Bundle:
+def bundle_of(text: str | None) -> Bundle:
     """Return the bundle that MODEL stands for; a run's model is exported into the cache first, once.
 
     The export is a process of its own: who serves a model loads no Keras.
 
     Parameters
     ----------
-    text : str
+    text : str or None
         See `find`.
 
     Returns

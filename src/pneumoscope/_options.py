@@ -24,7 +24,11 @@ Data = Annotated[
     ),
 ]
 Preset = Annotated[
-    str, typer.Option(help="Where the settings begin: default, tutorial (the published procedure), smoke (for tests).")
+    str,
+    typer.Option(
+        help="Where the settings begin: default, best (deep fine-tuning), tutorial (the published procedure), "
+        "demo and smoke (small, for trying and for tests)."
+    ),
 ]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with settings, such as a run's spec.toml.")]
 Settings = Annotated[

@@ -16,11 +16,12 @@ from pneumoscope.errors import UsageError
 from pneumoscope.specs import APPROACHES, RESEARCH_USE
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="A bundle, or a run directory; RUN:ft picks one of its models, else the best on validation is taken.",
+        help="A bundle, or a run directory; RUN:ft picks one of its models, else the best on validation is taken. "
+        "Where not given, the model that comes with the package: for chest X-rays of small children.",
     ),
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of the network; 0 takes all cores.")]
@@ -76,7 +77,7 @@ def predict(
         list[str],
         typer.Argument(metavar="FILES...", help="Images (JPEG, PNG, DICOM), folders, .zip archives or patterns."),
     ],
-    model: Model,
+    model: Model = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="OUT", help="A table of all answers: file,score,call,assessable,reason.")
     ] = None,
@@ -101,6 +102,8 @@ def predict(
     from pneumoscope.bundle import Bundle
 
     voice, named = voice_of(as_json), _chosen.find(model)
+    if model is None:
+        voice.say("Asking the model that comes with the package: made from X-rays of children of one to five years.")
     found = _inputs.find(files)
     if isinstance(named, Bundle):
         predictor = named.predictor(threads=threads)
@@ -194,7 +197,7 @@ def recalibrate(
 
 
 def serve(
-    model: Model,
+    model: Model = None,
     host: Annotated[str, typer.Option(help="Where to listen; other addresses than this machine's own need a key.")] = (
         "127.0.0.1"
     ),

@@ -371,6 +371,8 @@ def _reported(target: Run, voice: Narration, *, status: bool = True) -> Iterator
         voice.end(error)
         if status:
             target.update_manifest(status=status_of(error), error=str(error) or type(error).__name__)
+            if target.metrics_path.exists():  # what was measured can be looked at
+                _show(target, voice)
         raise
     finally:
         voice.close()
