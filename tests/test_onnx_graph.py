@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from pneumoscope import backbones, evidence, explainer, models, onnx_graph, phantom
+from pneumoscope import backbones, evidence, explainer, models, onnx_graph, phantom, training
 from pneumoscope._backend import keras
 from pneumoscope.errors import UsageError
 from pneumoscope.specs import Spec
@@ -195,6 +195,22 @@ def test_float16_halves_the_file_and_hardly_moves_the_scores() -> None:
     for name in ("score", "logit", "features"):  # bias and map jump, against each other, where a hidden unit goes out
         assert np.abs(other[name] - one[name]).max() < 0.01 * (1 + np.abs(one[name]).max()), name
     assert np.allclose(other["evidence"].sum(axis=(1, 2)) + other["bias"], other["logit"], atol=1e-4)
+
+
+def test_kernels_that_training_rounded_lose_nothing_in_float16() -> None:
+    model = livened(models.build("best", SMOKE))
+    _, tail = models.split_at(model, models.cut(model) or "")
+    training.halve(tail)
+    whole, half = onnx_graph.build(model), onnx_graph.build(model, weights="float16")
+    assert half.ByteSize() < 0.65 * whole.ByteSize()
+    images = pixels(64, 6)
+    first, second = (session_of(proto).run(["score", "evidence"], {"image": images}) for proto in (whole, half))
+    assert np.abs(first[0] - second[0]).max() < 1e-5
+    assert np.abs(first[1] - second[1]).max() < 1e-4
+    stored = {constant.name: constant.data_type for constant in half.graph.initializer}
+    assert stored["head/kernel/float16"] == onnx.TensorProto.FLOAT16
+    frozen = next(layer for layer in model.layers if isinstance(layer, layers.Conv2D))
+    assert stored[f"{frozen.name}/kernel"] == onnx.TensorProto.FLOAT  # rounding it would move every score
 
 
 def test_a_kernel_that_float16_cannot_hold_stays_whole() -> None:

@@ -393,6 +393,16 @@ def test_weight_decay_shrinks_kernels_and_leaves_biases_and_norms(packed: Packed
         assert np.allclose(np.array(weight), old * factor, atol=1e-6), weight.path
 
 
+def test_kernels_are_rounded_to_half_precision_where_asked_and_nothing_else_is(packed: Packed) -> None:
+    model, _ = train("tl", packed, RECIPE.with_overrides(["train.half_kernels=true"]))
+    whole, _ = train("tl", packed, RECIPE)
+    for name in ("head", "logit"):
+        kernel, before = (np.array(one.get_layer(name).kernel) for one in (model, whole))
+        assert np.array_equal(kernel, before.astype(np.float16).astype(np.float32))
+        assert not np.array_equal(kernel, before)
+        assert np.array_equal(np.array(model.get_layer(name).bias), np.array(whole.get_layer(name).bias))
+
+
 def test_a_resumed_training_in_bfloat16_is_the_uninterrupted_one(packed: Packed, tmp_path: Path) -> None:
     spec = CHANGING.with_overrides(["train.precision=bfloat16"])
     model, _ = train("cnn", packed, spec, checkpoint=tmp_path / "alone.npz")

@@ -356,21 +356,23 @@ class Job:
         epoch, schedule = int(row["epoch"]), self.spec.train
         earlier = self.run.read_stage(f"train-{name}") if epoch > 1 else {}
         best, lowest = earlier.get("best_epoch") or 0, earlier.get("best_val_loss")
-        if row["val_loss"] < (float("inf") if lowest is None else lowest - schedule.min_delta):
+        steered = schedule.schedule == "plateau"  # by the validation loss; else the last epoch counts
+        if not steered or row["val_loss"] < (float("inf") if lowest is None else lowest - schedule.min_delta):
             best, lowest = epoch, row["val_loss"]
         kept = {"epochs": schedule.epochs, "best_epoch": best, "best_val_loss": lowest}
         self._note(epoch=epoch, val_loss=row["val_loss"], learning_rate=row["learning_rate"], **kept)
         rate = earlier.get("learning_rate", row["learning_rate"])
-        if row["learning_rate"] != rate:
+        if steered and row["learning_rate"] != rate:
             text = f"  {name}: learning rate {rate:.1e} -> {row['learning_rate']:.1e}"
             self.voice.event("learning-rate", text, model=name, epoch=epoch, before=rate, now=row["learning_rate"])
         wait = epoch - best
+        standing = ("  best" if not wait else f"  wait {wait}/{schedule.patience}") if steered else ""
         self.voice.event(
             "epoch",
             f"  {name} {epoch:>{len(str(schedule.epochs))}}/{schedule.epochs}"
             f"  loss {row['train_loss']:.4f} val {row['val_loss']:.4f}"
             f"  acc {row['train_accuracy']:.3f} val {row['val_accuracy']:.3f}  {seconds_text(row['seconds'])}"
-            f"  {'best' if not wait else f'wait {wait}/{schedule.patience}'}",
+            f"{standing}",
             model=name,
             **row | kept | {"wait": wait, "patience": schedule.patience},
         )
@@ -451,7 +453,7 @@ def _machine() -> dict[str, Any]:
         "versions": machine.versions,
         "devices": list(machine.devices),
         "threads": machine.threads,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": machine.cpu,
         "cores": machine.cores,
         "memory_bytes": machine.memory_bytes,

@@ -214,7 +214,23 @@ def train(
         loop.run(keeper, on_epoch=on_epoch, progress=progress, stop=stop)
     finally:
         loop.restore_best()
+    if spec.train.half_kernels:
+        halve(network)
     return loop.history()
+
+
+def halve(network: models.Model) -> None:
+    """Round the kernels that train to the nearest numbers of half precision; biases and norms stay as they are.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Changed in place.
+    """
+    for layer in network.layers:
+        if layer.trainable and getattr(layer, "kernel", None) is not None:
+            values = keras.ops.convert_to_numpy(layer.kernel)
+            _backend.assign(layer.kernel, values.astype(np.float16).astype(values.dtype))
 
 
 def _optimizer(spec: Spec, *, rate: float) -> Any:

@@ -1,0 +1,75 @@
+"""The model that comes with the package: whole, small, known by its answers, and asked where none is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumoscope import _chosen, cli, phantom
+from pneumoscope.bundle import Bundle
+from pneumoscope.predictor import Predictor
+
+KNOWN = {(0, 1): 0.57916, (0, 2): 0.23828, (0, 3): 0.32030, (1, 1): 0.82867, (1, 2): 0.36615, (1, 3): 0.53815}
+"""Its score of a synthetic radiograph, by label and seed: no sign of quality, but of the same network and pixels."""
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Bundle:
+    found = _chosen.find(None)
+    assert isinstance(found, Bundle)
+    return found
+
+
+@pytest.fixture(scope="module")
+def predictor(shipped: Bundle) -> Predictor:
+    return shipped.predictor(threads=1)
+
+
+def test_it_scores_a_few_synthetic_images_as_it_did_when_it_was_made(predictor: Predictor) -> None:
+    drawn = np.stack([phantom.draw(label, seed=seed, width_px=224, height_px=224) for label, seed in KNOWN])
+    assert predictor.network(drawn).score == pytest.approx(list(KNOWN.values()), abs=1e-3)
+
+
+def test_it_is_small_and_holds_three_files(shipped: Bundle) -> None:
+    files = sorted(shipped.folder.iterdir())
+    assert [path.name for path in files] == ["bundle.json", "model.onnx", "model_card.md"]
+    assert sum(path.stat().st_size for path in files) < 12e6
+
+
+def test_its_card_and_description_say_what_it_is_from_and_how_good(shipped: Bundle) -> None:
+    card = (shipped.folder / "model_card.md").read_text(encoding="utf-8")
+    for words in ("Research use only, not a medical device", "10.17632/rscbjbr9sj", "CC BY 4.0", "Not for adults"):
+        assert words in card
+    figures = shipped.content["metrics"]["test"]
+    assert figures["n"] == 651
+    assert figures["auc"] >= 0.997
+    point = figures["operating_point"]
+    assert point["sensitivity"] >= 0.97
+    assert point["specificity"] >= 0.95
+    assert shipped.content["chosen_on"] == "calibration"
+
+
+def test_it_tells_nothing_of_the_machine_it_was_made_on_but_its_kind(shipped: Bundle) -> None:
+    text = json.dumps(shipped.content)
+    assert not any(word in text for word in ("/home", "/tmp", "/work", "/root", "-v6"))
+
+
+def test_where_no_model_is_named_it_answers(
+    tmp_path: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = phantom.draw(1, seed=1, width_px=224, height_px=224)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    words = ["pneumoscope", "predict", str(tmp_path / "x.png"), "--csv", str(tmp_path / "answers.csv")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (0, "")
+    assert out.startswith("Asking the model that comes with the package: made from X-rays of children of one to five")
+    _, row = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()
+    assert float(row.split(",")[1]) == pytest.approx(float(predictor.network(picture[None]).score[0]), abs=1e-5)
