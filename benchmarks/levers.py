@@ -8,8 +8,8 @@
 
 A row is kept in `levers.json` as soon as it is known, and what is kept is not computed again, so the search can be
 ended and taken up at any time. Only `final` reads the test images. Judged is: AUC on held-out patients, mean AUC over
-the fixed changes of `pneumoscope.robustness`, specificity there at the threshold that gives 97 % sensitivity on unchanged
-images.
+the fixed changes of `pneumoscope.robustness`, specificity there at the threshold that gives 97 % sensitivity on
+unchanged images.
 """
 
 from __future__ import annotations
