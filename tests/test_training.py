@@ -403,6 +403,13 @@ def test_kernels_are_rounded_to_half_precision_where_asked_and_nothing_else_is(p
         assert np.array_equal(np.array(model.get_layer(name).bias), np.array(whole.get_layer(name).bias))
 
 
+def test_kernels_are_rounded_behind_augmentation_too(packed: Packed) -> None:
+    model, _ = train("cnn", packed, CHANGING.with_overrides(["train.half_kernels=true", "train.epochs=1"]))
+    kernels = [np.array(layer.kernel) for layer in model.layers if getattr(layer, "kernel", None) is not None]
+    assert len(kernels) == 4
+    assert all(np.array_equal(kernel, kernel.astype(np.float16)) for kernel in kernels)
+
+
 def test_a_resumed_training_in_bfloat16_is_the_uninterrupted_one(packed: Packed, tmp_path: Path) -> None:
     spec = CHANGING.with_overrides(["train.precision=bfloat16"])
     model, _ = train("cnn", packed, spec, checkpoint=tmp_path / "alone.npz")

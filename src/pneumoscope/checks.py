@@ -45,7 +45,7 @@ def check(
     ----------
     run : Run
         Finished, its images still where they were.
-    model : {"cnn", "tl", "ft"}
+    model : {"cnn", "tl", "ft", "best"}
         Which approach.
     folder : Path
         Where the files go; created where it is not there.

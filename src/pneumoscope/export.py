@@ -82,7 +82,7 @@ def export(
     ----------
     run : Run
         Finished, its images still where they were.
-    model : {"cnn", "tl", "ft"}
+    model : {"cnn", "tl", "ft", "best"}
         Which approach.
     folder : Path
         Of the bundle: new, or an earlier bundle's.
@@ -156,7 +156,7 @@ def also(run: Run, model: str, path: Path, *, narration: Narration | None = None
     ----------
     run : Run
         Finished, for ``.tflite`` its images still where they were.
-    model : {"cnn", "tl", "ft"}
+    model : {"cnn", "tl", "ft", "best"}
         Which approach.
     path : Path
         Ends in ``.keras``, or in ``.tflite`` for TensorFlow Lite, which passes the same gate as a bundle on validation.
@@ -197,7 +197,7 @@ def open_predictor(run: Run, model: str, *, threads: int = 0, narration: Narrati
     ----------
     run : Run
         Finished.
-    model : {"cnn", "tl", "ft"}
+    model : {"cnn", "tl", "ft", "best"}
         Which approach.
     threads : int
         CPU threads of the network; 0 takes those of the run's Spec.

@@ -34,7 +34,7 @@ def load_model(path: Path, *, approach: str, spec: Spec) -> models.Model:
     ----------
     path : Path
         A ``.keras`` file that a run wrote.
-    approach : {"cnn", "tl", "ft"}
+    approach : {"cnn", "tl", "ft", "best"}
         What it is.
     spec : Spec
         What it was made with.

@@ -179,7 +179,7 @@ class Run:
 
         Parameters
         ----------
-        model : {"cnn", "tl", "ft"}
+        model : {"cnn", "tl", "ft", "best"}
             The approach.
         name : str
             ``accuracy_per_epoch``, ``loss_per_epoch``, ``validation_yscores``, ``test_yscores``, ``validation_roc`` or

@@ -215,19 +215,19 @@ def train(
     finally:
         loop.restore_best()
     if spec.train.half_kernels:
-        halve(network)
+        halve(model)  # not the network that trains: where images are augmented, the model is one layer of that
     return loop.history()
 
 
-def halve(network: models.Model) -> None:
+def halve(model: models.Model) -> None:
     """Round the kernels that train to the nearest numbers of half precision; biases and norms stay as they are.
 
     Parameters
     ----------
-    network : keras.Model
-        Changed in place.
+    model : keras.Model
+        From `models.build`; changed in place.
     """
-    for layer in network.layers:
+    for layer in model.layers:
         if layer.trainable and getattr(layer, "kernel", None) is not None:
             values = keras.ops.convert_to_numpy(layer.kernel)
             _backend.assign(layer.kernel, values.astype(np.float16).astype(values.dtype))
