@@ -301,7 +301,7 @@ def test_a_name_that_was_made_to_point_here_is_refused(server: Served, host: str
 def test_nothing_is_stored(server: Served, bundle: Bundle) -> None:
     """Neither beside the bundle nor in a file that is open, even a nameless one."""
     server.upload([("a", GOOD), ("b", bytes(4 * MIB))])
-    assert sorted(path.name for path in bundle.folder.iterdir()) == ["bundle.json", "model.onnx"]
+    assert sorted(path.name for path in bundle.folder.iterdir()) == ["bundle.json", "model.onnx", "model_card.md"]
     handles = [path.readlink() for path in Path(f"/proc/{server.process.pid}/fd").iterdir()]
     assert [str(path) for path in handles if str(path).startswith(("/tmp", "/var")) or "deleted" in str(path)] == []
 
