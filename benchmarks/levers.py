@@ -181,10 +181,14 @@ STEPS: Mapping[str, type[training._Loop]] = {"mixup 0.2": Mixup, "cutmix": Cutmi
 class ByDepth(keras.optimizers.AdamW):  # type: ignore[misc]  # Keras ships no types
     """Each stage of the backbone learns 0.7 times as fast as the one after it."""
 
+    def build(self, variables: Any) -> None:
+        super().build(variables)
+        names = [variable.path.split("/")[0] for variable in variables]
+        stages = [int(name[5]) if name.startswith("block") else 0 if name.startswith("stem") else 8 for name in names]
+        self._parts = [0.7 ** (8 - stage) for stage in stages]
+
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        name = variable.path.split("/")[0]
-        stage = int(name[5]) if name.startswith("block") else 0 if name.startswith("stem") else 8
-        super().update_step(gradient, variable, learning_rate * 0.7 ** (8 - stage))
+        super().update_step(gradient, variable, learning_rate * self._parts[self._get_variable_index(variable)])
 
 
 def by_depth(spec: Spec, *, rate: float) -> Any:
