@@ -305,7 +305,7 @@ def assert_same_scores_of_all(folder: Path, expected: Path) -> None:
         assert list(scores[0]) == pytest.approx(list(scores[1]), abs=1e-6), path.name
 
 
-LONG = ["models=cnn", "image.size_px=32", "train.epochs=500", "train.patience=500", "train.plateau_patience=500"]
+LONG = ["models=cnn", "image.size_px=32", "train.epochs=800", "train.patience=800", "train.plateau_patience=800"]
 
 
 def history(folder: Path) -> list[str]:
@@ -318,7 +318,7 @@ def test_a_job_at_its_time_limit_goes_back_into_the_queue_and_ends_with_the_hist
 ) -> None:
     words = [*settings(), *(word for setting in LONG for word in ("--set", setting))]
     alone, limited = tmp_path / "alone", tmp_path / "limited"
-    limit = ["--time", "1", "--set", "cluster.signal_delay_s=25", "--executor", "slurm", "--wait"]
+    limit = ["--time", "1", "--set", "cluster.signal_delay_s=35", "--executor", "slurm", "--wait"]
     command(tmp_path, "run", str(tiny_set), "-o", str(alone), *words)
     command(tmp_path, "run", str(tiny_set), "-o", str(limited), *words, *limit)
     (log,) = [state.log for state in jobs.states(limited / "jobs") if state.name == "train-cnn"]

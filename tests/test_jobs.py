@@ -448,7 +448,7 @@ def test_a_job_on_two_nodes_makes_way_for_an_urgent_one_and_goes_on(tmp_path: Pa
     urgent = whole.model_copy(update={"partition": "urgent"})
     jobs.submit([program("urgent", "print('first')")], folder=tmp_path / "urgent", cluster=urgent)
     assert followed(tmp_path / "urgent")["urgent"].state == "COMPLETED"
-    assert (tmp_path / "heard-0").read_text() == "SIGTERM\n"
+    assert set((tmp_path / "heard-0").read_text().split()) == {"SIGTERM"}, "Slurm may say it more than once"
     end = followed(tmp_path / "jobs")["train"]
     assert (end.state, end.exit_status) == ("COMPLETED", 0)
     assert said(end.log) == ["begins", "goes on"]
