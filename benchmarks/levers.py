@@ -13,7 +13,7 @@ threshold that gives 97 % sensitivity on unchanged images. All but `final` look 
 lever costs minutes so, and is one of the recipe, not of the size (`224 px` is a lever itself).
 
 A lever is settings, and may be what the product does not do: a change of the pixels before anything else (`PIXELS`),
-of a step of training (`STEPS`), of the optimizer (`rates by depth`), or of how a trained network is asked (`ASKED`).
+of a step of training (`STEPS`), or of the optimizer (`rates by depth`).
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ PIXELS: Mapping[str, Callable[[Any], Any]] = {"local contrast": local_contrast, 
 
 
 class Mixup(training._Loop):
-    """Each example a mean of itself and another of its batch, labels too (Zhang et al. 2018), Beta(0.2, 0.2)."""
+    """Each example a mean of itself and another of its batch, labels too, one share from Beta(0.2, 0.2) for a batch.
+
+    Zhang et al. 2018, https://arxiv.org/abs/1710.09412; here of stored features where there are any.
+    """
 
     def mix(self, inputs: Any, share: float, other: Any) -> tuple[Any, float]:
         return share * inputs + (1 - share) * inputs[other], share
@@ -121,9 +124,7 @@ class Mixup(training._Loop):
         share, other = float(draw.beta(0.2, 0.2)), draw.permutation(len(positions))
         inputs, share = self.mix(self.learn.batch(positions, self.state.epoch), share, other)
         labels = self.learn.labels[positions]
-        self._learn_from(inputs, share * labels + (1 - share) * labels[other], labels)
-
-    def _learn_from(self, inputs: Any, targets: Any, labels: Any) -> None:
+        targets = share * labels + (1 - share) * labels[other]
         self._set_rate()
         self.network.reset_metrics()
         logs = self.network.train_on_batch(inputs, targets[:, None], return_dict=True)
@@ -133,7 +134,10 @@ class Mixup(training._Loop):
 
 
 class Cutmix(Mixup):
-    """As `Mixup`, with a rectangle of the other in place of a mean (Yun et al. 2019), here of feature maps."""
+    """As `Mixup`, with a rectangle of the other in place of a mean, here always in the middle.
+
+    Yun et al. 2019, https://arxiv.org/abs/1905.04899, who place it anywhere.
+    """
 
     def mix(self, inputs: Any, share: float, other: Any) -> tuple[Any, float]:
         height, width = inputs.shape[1:3]
@@ -145,7 +149,10 @@ class Cutmix(Mixup):
 
 
 class Subtype(training._Loop):
-    """A second output tells bacteria from viruses, where there is pneumonia; it is dropped after training."""
+    """A second output tells bacteria from viruses, where there is pneumonia; it is dropped after training.
+
+    Its optimizer is in no checkpoint: a row that was ended and taken up is not exactly that of one left alone.
+    """
 
     bacteria: Any = None  # 1, 0, or NaN for normal images, in the order of the examples
 
