@@ -4,6 +4,7 @@
     python benchmarks/levers.py DATA series --levers a b   the same third, one series of normals unseen and judged on
     python benchmarks/levers.py DATA folds --levers a b    all patients, five folds
     python benchmarks/levers.py DATA paired --levers a b   from the folds: is a lever more robust than the base?
+    python benchmarks/levers.py DATA prevalence            from the folds: what scores say where pneumonia is rarer
     python benchmarks/levers.py DATA table                 what is known so far, as Markdown
     python benchmarks/levers.py DATA final --bundle B      a candidate on the test images, under every change
 
@@ -39,8 +40,7 @@ _backend.prepare()
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from PIL import Image  # noqa: E402
-from scipy import ndimage  # noqa: E402
+from scipy import ndimage, special  # noqa: E402
 
 from pneumoscope import backbones, bundle, curves, intervals, models, onnx_graph, robustness, training  # noqa: E402
 from pneumoscope._backend import keras  # noqa: E402
@@ -90,7 +90,7 @@ LEVERS: dict[str, list[str]] = {
 # --- What the product does not do: tried here first -------------------------------------------------------------------
 
 
-def local_contrast(picture: Any, aspect: float) -> Any:
+def local_contrast(picture: Any) -> Any:
     """Give every neighbourhood (a Gaussian, an eighth of the side) the same mean and deviation."""
     values, sigma = picture.astype(np.float64), len(picture) / 8
     centred = values - ndimage.gaussian_filter(values, sigma)
@@ -98,29 +98,14 @@ def local_contrast(picture: Any, aspect: float) -> Any:
     return np.clip(np.rint(128 + 50 * centred / (deviation + 5)), 0, 255).astype(np.uint8)
 
 
-def equalised(picture: Any, aspect: float) -> Any:
+def equalised(picture: Any) -> Any:
     """Give the image a flat histogram: each pixel its rank."""
     counts = np.bincount(picture.ravel(), minlength=256)
     ranks = (np.cumsum(counts) - counts / 2) / picture.size
     return np.rint(255 * ranks).astype(np.uint8)[picture]
 
 
-def in_proportion(picture: Any, aspect: float) -> Any:
-    """Bring a squashed picture back to its width over height, black around it."""
-    side = len(picture)
-    width, height = round(side * min(1, aspect)), round(side * min(1, 1 / aspect))
-    left, top = (side - width) // 2, (side - height) // 2
-    whole = Image.new("L", (side, side))
-    whole.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR), (left, top))
-    return np.asarray(whole)
-
-
-PIXELS: Mapping[str, Callable[[Any, float], Any]] = {
-    "local contrast": local_contrast,
-    "equalised histogram": equalised,
-    "not squashed": in_proportion,
-}
-"""What is made of a packed picture and the width over height of its file."""
+PIXELS: Mapping[str, Callable[[Any], Any]] = {"local contrast": local_contrast, "equalised histogram": equalised}
 
 
 class Mixup(training._Loop):
@@ -319,6 +304,7 @@ def in_several_ways(score: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 ALL_LAYERS = ["best.trainable_layers=999", "features.cache=false"]
+LEVERS |= {"only noise": augment([*NO_VALUES[:-1], *NO_PLACES]), "more noise": augment(["noise=0.16"])}
 LEVERS |= {name: [] for name in [*PIXELS, *STEPS, "rates by depth", "three networks", "test-time augmentation"]}
 LEVERS |= {name: [] for name in LARGER}
 LEVERS |= {"all layers": ALL_LAYERS, "all layers, rates by depth": ALL_LAYERS}
@@ -435,10 +421,9 @@ class Search:
         with tried(lever, catalog.rows("train")):
             spec = spec_of(lever, seed)
             packed = ImageStore.pack(catalog, size_px=spec.image.size_px)
-            store, aspects = packed, np.ones(len(packed.images))
+            store = packed
             if pixels := PIXELS.get(lever):
-                aspects[packed.rows_of(catalog.table)] = catalog.table["width_px"] / catalog.table["height_px"]
-                seen = np.stack([pixels(*one) for one in zip(packed.images, aspects, strict=True)])
+                seen = np.stack([pixels(image) for image in packed.images])
                 store = replace(packed, images=seen, key=f"{packed.key} {lever}")
             trained = self.trained(lever, spec, store, catalog, identity)
         networks = [
@@ -447,9 +432,7 @@ class Search:
         ]
 
         def score(images: Any) -> Any:
-            if pixels:
-                shapes = aspects[packed.rows_of(judged)]
-                images = np.stack([pixels(*one) for one in zip(images, shapes, strict=True)])
+            images = images if pixels is None else np.stack([pixels(image) for image in images])
             batches = [images[start : start + 32] for start in range(0, len(images), 32)]
             return np.mean(
                 [np.concatenate([network(batch).score for batch in batches]) for network in networks], axis=0
@@ -534,6 +517,27 @@ def paired(lever: str) -> str:
     return f"{lever} against base, AUC over {FOLDS} folds, n {len(groups)}: {'; '.join(said)}"
 
 
+def prevalence() -> Iterator[str]:
+    """Say what the base's scores are worth where pneumonia is rarer, as they are and with their odds brought to it.
+
+    Images of the folds are weighted so that pneumonia is as rare; odds are corrected as in Saerens et al. 2002,
+    https://doi.org/10.1162/089976602753284446, with the share known.
+    """
+    found = [np.load(_scores_at("base", "folds", SEEDS[0], part)) for part in range(FOLDS)]
+    labels = np.concatenate([one["labels"] for one in found])
+    odds = special.logit(np.concatenate([one["scores"][0] for one in found]).clip(1e-7, 1 - 1e-7))
+    own = labels.mean()
+    yield f"| share of pneumonia (learned: {own:.3f}) | log loss | corrected | mean score | corrected |"
+    yield "|---|---|---|---|---|"
+    for share in (0.1, 0.3, 0.5, own):
+        weights = np.where(labels == 1, share / own, (1 - share) / (1 - own)) / len(labels)
+        cells = []
+        for scores in (special.expit(odds), special.expit(odds + special.logit(share) - special.logit(own))):
+            loss = -np.where(labels == 1, np.log(scores), np.log1p(-scores))
+            cells.append((f"{weights @ loss:.4f}", f"{weights @ scores:.3f}"))
+        yield f"| {share:.3f} | {' | '.join(cell for pair in zip(*cells, strict=True) for cell in pair)} |"
+
+
 def final(data: Path, folder: Path) -> None:
     """Print how a bundle does on the test images as they are and under every fixed change, at its operating point."""
     found = bundle.Bundle.open(folder)
@@ -600,7 +604,7 @@ def table(known: list[dict[str, Any]], protocol: str) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("protocol", choices=["screen", "series", "folds", "paired", "table", "final"])
+    parser.add_argument("protocol", choices=["screen", "series", "folds", "paired", "prevalence", "table", "final"])
     parser.add_argument("--levers", nargs="*", default=list(LEVERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--parts", nargs="*", type=int, help="folds, or series, to do; all where not given")
@@ -617,6 +621,9 @@ def main() -> None:
     if options.protocol == "paired":
         for lever in options.levers:
             print(paired(lever))
+        return
+    if options.protocol == "prevalence":
+        print("\n".join(prevalence()))
         return
     search = Search(options.data)
     parts = {"screen": range(1), "folds": range(FOLDS), "series": range(2)}[options.protocol]
