@@ -614,3 +614,48 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(packed: Packed) -
     assert history.best_epoch == history.epochs["val_loss"].argmin() + 1 < 3
     assert (history.stopped_early, history.diverged) == (False, True)
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), kept[history.best_epoch - 1], strict=True))
+
+
+def test_a_network_with_teachers_learns_half_from_their_mean_score_for_the_same_input(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = VIEWS.with_overrides(["train.teachers=2", "train.epochs=1"])
+    aimed: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+    plain = training._Loop._taught
+
+    def watched(loop: Any, inputs: Any, n: int) -> npt.NDArray[np.float32]:
+        one, two = (np.array(teacher(inputs))[:, 0] for teacher in loop.teachers)
+        assert not np.allclose(one, two, atol=1e-4)  # two networks, not one twice
+        aimed.append((plain(loop, inputs, n), (one + two) / 2))
+        return plain(loop, inputs, n)
+
+    monkeypatch.setattr(training._Loop, "_taught", watched)
+    begun: list[tuple[int, int]] = []
+    model, history = train("tl", packed, spec, on_begin=lambda *done: begun.append(done))
+    assert begun == [(0, 0), (1, 0), (2, 0)]
+    assert len(aimed) == 3  # steps
+    for taught, mean in aimed:
+        assert np.allclose(taught, mean, atol=1e-6)
+    alone, before = train("tl", packed, spec.with_overrides(["train.teachers=0"]))
+    assert not same_weights(model, alone)
+    assert len(history.epochs) == len(before.epochs) == 1
+    assert history.epochs["train_loss"][0] != before.epochs["train_loss"][0]
+
+
+def test_training_accuracy_counts_labels_not_what_teachers_made_of_them() -> None:
+    accuracy = training._Accuracy()
+    aims = np.array([[0.5 + 0.01], [1.0], [0.49], [0.5], [0.0]])  # of labels 1, 1, 0, 0, 0
+    accuracy.update_state(aims, np.array([[0.9], [0.2], [0.1], [0.4], [0.8]]))
+    assert float(accuracy.result()) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("approach", ["tl", "cnn"])
+def test_a_resumed_training_with_teachers_is_the_uninterrupted_one(
+    packed: Packed, tmp_path: Path, approach: str
+) -> None:
+    spec = (VIEWS if approach == "tl" else CHANGING).with_overrides(["train.teachers=2", "train.epochs=2"])
+    model, history = train(approach, packed, spec, checkpoint=tmp_path / "alone.npz")
+    again, other = resumed(approach, packed, spec, tmp_path / "state.npz", (2, 3, 5))
+    assert_same(state_in(tmp_path / "state.npz"), state_in(tmp_path / "alone.npz"))
+    assert same_weights(again, model)
+    assert other.epochs.drop(columns="seconds").equals(history.epochs.drop(columns="seconds"))

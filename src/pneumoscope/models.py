@@ -21,8 +21,8 @@ from pneumoscope.specs import Spec
 
 layers, ops = keras.layers, keras.ops
 
-ORDER, TRANSFORMS, VIEWS, VIEW_CHOICE = range(4)
-"""What a random stream is for: ``default_rng([seed, purpose, epoch or view])``, so that no two streams are alike."""
+ORDER, TRANSFORMS, VIEWS, VIEW_CHOICE, TEACHERS = range(5)
+"""What a random stream is for: ``default_rng([seed, purpose, number])``, so that no two streams are alike."""
 
 Model = Any
 """A ``keras.Model`` (Keras ships no types)."""

@@ -39,6 +39,7 @@ EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "progress": ("label", "note", "done", "total", "unit", "rate", "left_seconds"),
         "table": ("title", "columns", "rows"),
         "error": ("text", "kind", "exit_status"),
+        "teacher": ("model", "number", "of"),
         "learning-rate": ("model", "epoch", "before", "now"),
         "epoch": (
             *("model", "epoch", "epochs", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"),

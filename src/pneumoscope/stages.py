@@ -37,7 +37,7 @@ from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
 from pneumoscope.evaluation import Examiner, speed
 from pneumoscope.narration import Bar, Narration, seconds_text
 from pneumoscope.runs import Run, Status
-from pneumoscope.specs import PRETRAINED, TITLES, Spec
+from pneumoscope.specs import PRETRAINED, TITLES, Spec, TrainSpec
 from pneumoscope.store import ImageStore
 
 
@@ -93,14 +93,22 @@ class _Pace:
 
 
 class _Epochs:
-    """Shows the steps of one epoch after the other as steps of the whole training."""
+    """Shows the steps of all epochs, of teachers first and then of the model, as steps of one training."""
 
-    def __init__(self, bar: Bar, ended: int, epochs: int) -> None:
-        self._bar, self.ended, self._epochs = bar, ended, epochs
+    def __init__(self, bar: Bar, spec: TrainSpec) -> None:
+        self._bar, self._epochs, self._teachers = bar, spec.epochs, spec.teachers
+        self._before, self._ended = 0, 0
+
+    def begin(self, teachers_done: int, epochs_done: int) -> None:
+        """Show the steps of the next network from here on."""
+        self._before, self._ended = teachers_done, epochs_done
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.note(f"epoch {min(self.ended + 1, self._epochs)}/{self._epochs}")
-        self._bar(self.ended * total + done, self._epochs * total)
+        who = f"teacher {self._before + 1}/{self._teachers}, " if self._before < self._teachers else ""
+        self._bar.note(f"{who}epoch {min(self._ended + 1, self._epochs)}/{self._epochs}")
+        before, whole = self._before * self._epochs + self._ended, (self._teachers + 1) * self._epochs
+        self._bar(before * total + done, whole * total)
+        self._ended += done == total
 
 
 class Job:
@@ -288,14 +296,15 @@ class Job:
             _stopping.patient(),
         ):
             model = models.build(name, spec)
-            progress = _Epochs(bar, int(self.run.read_stage(f"train-{name}").get("epoch") or 0), spec.train.epochs)
+            progress = _Epochs(bar, spec.train)
             history = training.train(
                 model,
                 self._seen.store,
                 self._seen.catalog,
                 spec=spec,
                 checkpoint=self.run.checkpoint_path(name),
-                on_epoch=lambda row: self._end_epoch(name, row, progress),
+                on_begin=lambda teachers, epochs: self._begin(name, teachers, epochs, progress),
+                on_epoch=lambda row: self._end_epoch(name, row),
                 progress=progress,
                 stop=self._stop,
                 say=self.voice.warn,
@@ -351,7 +360,17 @@ class Job:
             figure = draw(history.epochs, title=title, note=self._seen.note, best_epoch=history.best_epoch)
             figures.save(figure, self.run.figure_path(f"{name}_learning_curve_{kind}"))
 
-    def _end_epoch(self, name: str, row: dict[str, float], progress: _Epochs) -> None:
+    def _begin(self, name: str, teachers_done: int, epochs_done: int, progress: _Epochs) -> None:
+        """Say which network comes next, where there are several."""
+        progress.begin(teachers_done, epochs_done)
+        teachers = self.spec.train.teachers
+        if teachers_done < teachers and epochs_done < self.spec.train.epochs:
+            number = teachers_done + 1
+            self.voice.event(
+                "teacher", f"  {name}: teacher {number}/{teachers}", model=name, number=number, of=teachers
+            )
+
+    def _end_epoch(self, name: str, row: dict[str, float]) -> None:
         """Say and keep how an epoch ended; its record knows the best one before, also of an earlier process."""
         epoch, schedule = int(row["epoch"]), self.spec.train
         earlier = self.run.read_stage(f"train-{name}") if epoch > 1 else {}
@@ -376,7 +395,6 @@ class Job:
             model=name,
             **row | kept | {"wait": wait, "patience": schedule.patience},
         )
-        progress.ended = epoch
         self._mirrors.epoch(name, row)
 
     def _warn_if_fragile(self, name: str, history: training.History) -> None:

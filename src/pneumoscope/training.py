@@ -7,13 +7,14 @@ sees. Knows nothing of run directories, figures or test data.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,12 @@ import pandas as pd
 
 from pneumoscope import _backend, augmentation, features, metrics, models
 from pneumoscope._backend import keras
+from pneumoscope._examples import Features, Images, Labels, Source
 from pneumoscope.catalog import Catalog
 from pneumoscope.checkpoints import Arrays, Checkpoint
 from pneumoscope.errors import RunError, StoppedEarly
 from pneumoscope.schedules import Schedule, cosine
-from pneumoscope.specs import AugmentSpec, Spec
+from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
 HISTORY_COLUMNS: tuple[str, ...] = (
@@ -37,9 +39,6 @@ HISTORY_COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "seconds",
 )
-
-Labels = npt.NDArray[np.float32]
-Positions = npt.NDArray[np.intp] | slice
 
 
 @dataclass(frozen=True)
@@ -82,67 +81,6 @@ class _State:
     updates: int = 0
 
 
-class _Source(Protocol):
-    """Training examples by position."""
-
-    labels: Labels
-
-    def batch(self, positions: Positions, epoch: int) -> Any:
-        """Return a network's inputs."""
-
-
-class _Images:
-    """Packed images, and where asked for the transforms that this epoch's augmentation applies."""
-
-    def __init__(self, store: ImageStore, table: pd.DataFrame, augment: AugmentSpec | None, seed: int) -> None:
-        self._images, self._rows = store.images, store.rows_of(table)
-        self.labels = table["label"].to_numpy(dtype=np.float32)
-        self._augment, self._seed = augment, seed
-        self._drawn: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
-
-    def batch(self, positions: Positions, epoch: int) -> Any:
-        pixels = self._images[self._rows[positions], ..., None]
-        if self._augment is None:
-            return pixels
-        if self._drawn[0] != epoch:
-            seed = (self._seed, models.TRANSFORMS, epoch)
-            self._drawn = epoch, augmentation.draw(self._augment, len(self._rows), seed=seed)
-        return [pixels, self._drawn[1][positions]]
-
-
-class _Features:
-    """Stored features; with augmented views, a random one of each image, the clean one among them, in each epoch."""
-
-    def __init__(
-        self,
-        clean: npt.NDArray[Any],
-        rows: npt.NDArray[np.intp],
-        labels: Labels,
-        *,
-        augmented: Sequence[npt.NDArray[Any]] = (),
-        augmented_rows: npt.NDArray[np.intp] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._clean, self._rows, self.labels, self._seed = clean, rows, labels, seed
-        self._augmented, self._augmented_rows = augmented, rows if augmented_rows is None else augmented_rows
-        self._chosen: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
-
-    def batch(self, positions: Positions, epoch: int) -> Any:
-        return self._stored(positions, epoch).astype(np.float32)  # backends know float16 badly on CPUs
-
-    def _stored(self, positions: Positions, epoch: int) -> npt.NDArray[Any]:
-        stored = self._clean[self._rows[positions]]
-        if not self._augmented:
-            return stored
-        if self._chosen[0] != epoch:
-            generator = np.random.default_rng([self._seed, models.VIEW_CHOICE, epoch])
-            self._chosen = epoch, generator.integers(0, 1 + len(self._augmented), len(self._rows))
-        chosen, rows = self._chosen[1][positions], self._augmented_rows[positions]
-        for view, features_ in enumerate(self._augmented, start=1):
-            stored[chosen == view] = features_[rows[chosen == view]]
-        return stored
-
-
 def train(
     model: models.Model,
     store: ImageStore,
@@ -150,12 +88,17 @@ def train(
     *,
     spec: Spec,
     checkpoint: Path | None = None,
+    on_begin: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> History:
     """Train one approach; the model ends with the weights of its best epoch.
+
+    With ``train.teachers`` as many networks like it are trained first, each from its own seed, and the model learns
+    half from the labels and half from the mean of their scores for the very same input (distillation, Hinton et al.
+    2015, https://arxiv.org/abs/1503.02531, of an ensemble into a network of the same size).
 
     Where the model has a frozen part and ``features.cache`` is on, that part runs once per image and only the tail is
     trained, on the stored outputs; the tail shares its weights with `model`.
@@ -172,8 +115,11 @@ def train(
         The schedule, the seed and the approach's learning rate.
     checkpoint : Path, optional
         A file to keep the state in after each epoch and when stopped; where it exists, training goes on from it.
+        Teachers have files of their own beside it.
+    on_begin : callable, optional
+        Called before the first step of each network with how many teachers are done, and how many of its epochs.
     on_epoch : callable, optional
-        Called with each finished row of the history.
+        Called with each finished row of the history; teachers have none.
     progress : callable, optional
         Called with (done, total) steps of the epoch, or passes while features are computed.
     stop : callable, optional
@@ -193,30 +139,108 @@ def train(
         Where the loss is not finite before any epoch was good, or the checkpoint belongs to another run, cannot be
         read or cannot be written.
     """
+    if on_begin is None:
+        on_begin = _silent
+    teachers: list[models.Model] = []
+    for number, seed in enumerate(_seeds_of_teachers(spec), start=1):
+        own = spec.with_overrides([f"seed={seed}"])
+        beside = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-teacher-{number}{checkpoint.suffix}")
+        loop = _prepared(models.build(model.name, own), store, catalog, spec=spec, order=own, progress=progress)
+        _trained(
+            loop,
+            catalog,
+            checkpoint=beside,
+            begin=functools.partial(on_begin, number - 1),
+            on_epoch=None,
+            progress=progress,
+            stop=stop,
+            say=say,
+        )
+        teachers.append(loop.network)
+    loop = _prepared(model, store, catalog, spec=spec, order=spec, progress=progress)
+    loop.teachers = teachers
+    _trained(
+        loop,
+        catalog,
+        checkpoint=checkpoint,
+        begin=functools.partial(on_begin, len(teachers)),
+        on_epoch=on_epoch,
+        progress=progress,
+        stop=stop,
+        say=say,
+    )
+    if spec.train.half_kernels:
+        halve(model)  # not the network that trains: where images are augmented, the model is one layer of that
+    return loop.history()
+
+
+def _silent(teachers_done: int, epochs_done: int) -> None:
+    """Tell nobody."""
+
+
+def _seeds_of_teachers(spec: Spec) -> list[int]:
+    """Return a seed for each teacher, unlike those that repeated runs have."""
+    return [
+        int(np.random.default_rng([spec.seed, models.TEACHERS, number]).integers(2**31))
+        for number in range(spec.train.teachers)
+    ]
+
+
+def _prepared(
+    model: models.Model,
+    store: ImageStore,
+    catalog: Catalog,
+    *,
+    spec: Spec,
+    order: Spec,
+    progress: Callable[[int, int], None] | None,
+) -> _Loop:
+    """Make everything ready for the first step; the seed of `order` says in which order images come."""
     network, scorer, learn, check = _arrange(model, store, catalog, spec=spec, progress=progress)
+    rate = getattr(spec, model.name).learning_rate
     _backend.split(network)
     network.compile(
-        optimizer=_optimizer(spec, rate=getattr(spec, model.name).learning_rate),
+        optimizer=_optimizer(spec, rate=rate),
         loss=keras.losses.BinaryCrossentropy(label_smoothing=spec.train.label_smoothing),
-        metrics=[keras.metrics.BinaryAccuracy(name="accuracy")],
+        metrics=[_Accuracy(name="accuracy")],
         jit_compile=_backend.compiles(),
     )
     network.optimizer.build(network.trainable_variables)
-    loop = _Loop(network, scorer, learn, check, spec=spec, rate=getattr(spec, model.name).learning_rate)
-    keeper = Checkpoint(checkpoint, signature=f"{model.name} {spec.hash} {catalog.content_hash}")
+    return _Loop(network, scorer, learn, check, spec=order, rate=rate)
+
+
+def _trained(
+    loop: _Loop,
+    catalog: Catalog,
+    *,
+    checkpoint: Path | None,
+    begin: Callable[[int], None],
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    progress: Callable[[int, int], None] | None,
+    stop: Callable[[], bool] | None,
+    say: Callable[[str], None] | None,
+) -> None:
+    """Run a loop from where its checkpoint stands to its end."""
+    keeper = Checkpoint(checkpoint, signature=f"{loop.network.name} {loop.spec.hash} {catalog.content_hash}")
     with _backend.in_turn():  # it drops what is damaged
         found = keeper.load(say)
     if found is not None:
         loop.take_up(*found)
-    if _backend.process(spec.train.devices)[0]:  # the first writes for all
+    if _backend.process(loop.spec.train.devices)[0]:  # the first writes for all
         keeper = Checkpoint(None, signature="")
+    begin(loop.state.epoch - 1)
     try:
         loop.run(keeper, on_epoch=on_epoch, progress=progress, stop=stop)
     finally:
         loop.restore_best()
-    if spec.train.half_kernels:
-        halve(model)  # not the network that trains: where images are augmented, the model is one layer of that
-    return loop.history()
+
+
+class _Accuracy(keras.metrics.BinaryAccuracy):  # type: ignore[misc]  # Keras ships no types
+    """The share of right calls, where what is aimed at may lie between the labels: the nearer one counts."""
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Take a batch in."""
+        return super().update_state(keras.ops.cast(y_true > metrics.HALF, "float32"), y_pred, sample_weight)
 
 
 def halve(model: models.Model) -> None:
@@ -244,14 +268,14 @@ def _optimizer(spec: Spec, *, rate: float) -> Any:
 
 def _arrange(
     model: models.Model, store: ImageStore, catalog: Catalog, *, spec: Spec, progress: Callable[[int, int], None] | None
-) -> tuple[models.Model, models.Model, _Source, _Source]:
+) -> tuple[models.Model, models.Model, Source, Source]:
     """Return the network to train, the network to validate with, and the examples for each."""
     learn, check = catalog.rows("train"), catalog.rows("validation")
     cut = models.cut(model)
     if cut is None or not spec.features.cache:
         changed = spec.augment if spec.augment.active else None
         network = augmentation.augmented(model, changed) if changed else model
-        return network, model, _Images(store, learn, changed, spec.seed), _Images(store, check, None, spec.seed)
+        return network, model, Images(store, learn, changed, spec.seed), Images(store, check, None, spec.seed)
     stored = extract_features([model], store, catalog, spec=spec, progress=progress)[cut]
     _, tail = models.split_at(model, cut)
     clean, *augmented = stored.views
@@ -259,7 +283,7 @@ def _arrange(
     return (
         tail,
         tail,
-        _Features(
+        Features(
             clean,
             np.searchsorted(clean_rows, store.rows_of(learn)),
             learn["label"].to_numpy(dtype=np.float32),
@@ -267,7 +291,7 @@ def _arrange(
             augmented_rows=np.searchsorted(learned_rows, store.rows_of(learn)),
             seed=spec.seed,
         ),
-        _Features(clean, np.searchsorted(clean_rows, store.rows_of(check)), check["label"].to_numpy(dtype=np.float32)),
+        Features(clean, np.searchsorted(clean_rows, store.rows_of(check)), check["label"].to_numpy(dtype=np.float32)),
     )
 
 
@@ -339,13 +363,14 @@ class _Loop:
     """The epochs of one training."""
 
     def __init__(
-        self, network: models.Model, scorer: models.Model, learn: _Source, check: _Source, *, spec: Spec, rate: float
+        self, network: models.Model, scorer: models.Model, learn: Source, check: Source, *, spec: Spec, rate: float
     ) -> None:
         self.network, self.scorer, self.learn, self.check, self.spec = network, scorer, learn, check, spec
         self.state, self._rate = _State(Schedule(rate)), rate
         self.weights = _changing(network)
         self.best: list[npt.NDArray[Any]] = []
         self.average: list[Any] = []
+        self.teachers: Sequence[models.Model] = ()
         self._label_weights = _label_weights(learn.labels) if spec.train.class_weights else None
 
     def run(
@@ -399,11 +424,17 @@ class _Loop:
         inputs = self.learn.batch(positions, self.state.epoch)
         self._set_rate()
         self.network.reset_metrics()  # sums are kept here, where they can be written down
-        logs = self.network.train_on_batch(inputs, labels[:, None], sample_weight=weights, return_dict=True)
+        targets = (labels + self._taught(inputs, len(labels))) / 2 if self.teachers else labels
+        logs = self.network.train_on_batch(inputs, targets[:, None], sample_weight=weights, return_dict=True)
         self._average_weights()
         self.state.images_seen += len(labels)
         self.state.loss_sum += float(logs["loss"]) * len(labels)
         self.state.right_sum += float(logs["accuracy"]) * len(labels)
+
+    def _taught(self, inputs: Any, n: int) -> Labels:
+        """Return the mean of the teachers' scores."""
+        scores = [models.scores(teacher, lambda _: inputs, n, batch_size=n) for teacher in self.teachers]
+        return np.asarray(np.mean(scores, axis=0), dtype=np.float32)
 
     def _set_rate(self) -> None:
         """Give the optimizer the rate of this step."""
