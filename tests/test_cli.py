@@ -267,7 +267,7 @@ def test_resume_starts_fresh_where_there_is_nothing_and_json_events_come_in_orde
 ) -> None:
     folder = tmp_path / "run"
     small = ("--preset", "smoke", "--models", "cnn", "--set", "image.size_px=32", "--set", "train.epochs=2")
-    done = call("run", data, "-o", folder, *small, "--resume", "--json")
+    done = call("run", data, "-o", folder, *small, "--set", "train.teachers=2", "--resume", "--json")
     assert (done.status, done.stderr) == (0, "")
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(list(event)[:2] == ["event", "time"] for event in events)
@@ -290,6 +290,8 @@ def test_resume_starts_fresh_where_there_is_nothing_and_json_events_come_in_orde
     ]
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["model"], event["epoch"]) for event in epochs] == [("cnn", 1), ("cnn", 2)]
+    taught = [event for event in events if event["event"] in ("teacher", "epoch")][:2]
+    assert [(event["model"], event["number"], event["of"]) for event in taught] == [("cnn", 1, 2), ("cnn", 2, 2)]
     history = pd.read_csv(folder / "tables" / "cnn_loss_per_epoch.csv")
     assert [event["val_loss"] for event in epochs] == list(history["val_loss"])
     results = next(event for event in events if event.get("title", "").startswith("Results on test, "))

@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import pneumoscope
-from pneumoscope import appearance, inference, ledger, metrics, phantom, pipeline, scorecard, shortcut
+from pneumoscope import appearance, inference, ledger, metrics, phantom, pipeline, scorecard, shortcut, stages
 from pneumoscope import catalog as catalogs
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import DataError, RunError, StoppedEarly
@@ -32,7 +32,7 @@ from pneumoscope.ledger import Ledger
 from pneumoscope.narration import Narration
 from pneumoscope.predictions import Predictions
 from pneumoscope.runs import Run
-from pneumoscope.specs import Spec
+from pneumoscope.specs import Spec, TrainSpec
 from pneumoscope.store import ImageStore
 
 MODELS = ("cnn", "tl", "ft")
@@ -851,3 +851,19 @@ def test_the_steps_compose_in_a_dozen_lines(data: Path) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_the_bar_counts_the_steps_of_teachers_and_of_the_model_as_one_training() -> None:
+    bar = Narration("silent").bar("best", unit="steps")
+    spec = TrainSpec(epochs=2, teachers=1)
+    seen = []
+    with bar as shown:
+        epochs = stages._Epochs(shown, spec)
+        for teachers, epoch in ((0, 1), (1, 0)):  # the teacher is taken up again after its first epoch
+            epochs.begin(teachers, epoch)
+            for step in [1, 2, 3] * (spec.epochs - epoch):
+                epochs(step, 3)
+                seen.append((shown.task.note, shown.task.done, shown.task.total))
+    assert [done for _, done, _ in seen] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert {total for *_, total in seen} == {12}
+    assert list(dict.fromkeys(note for note, *_ in seen)) == ["teacher 1/1, epoch 2/2", "epoch 1/2", "epoch 2/2"]

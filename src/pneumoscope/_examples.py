@@ -40,6 +40,7 @@ class Images:
         self._drawn: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def batch(self, positions: Positions, epoch: int) -> Any:
+        """Return images, and how each is changed in this epoch where any is."""
         pixels = self._images[self._rows[positions], ..., None]
         if self._augment is None:
             return pixels
@@ -67,6 +68,7 @@ class Features:
         self._chosen: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def batch(self, positions: Positions, epoch: int) -> Any:
+        """Return the stored features that each image shows in this epoch, as float32."""
         return self._stored(positions, epoch).astype(np.float32)  # backends know float16 badly on CPUs
 
     def _stored(self, positions: Positions, epoch: int) -> npt.NDArray[Any]:
