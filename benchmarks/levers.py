@@ -76,8 +76,7 @@ LEVERS: dict[str, list[str]] = {
     "100 layers": ["best.trainable_layers=100"],
     "no mean of weights": ["train.weight_average=0"],
     "label smoothing 0.1": ["train.label_smoothing=0.1"],
-    "3 teachers": ["train.teachers=3"],
-    "3 teachers, stronger augmentation": ["train.teachers=3"],
+    "teachers by folds": ["train.teachers=3"],
     "class weights": ["train.class_weights=true"],
     "rate 3e-4": ["best.learning_rate=0.0003"],
     "rate 3e-3": ["best.learning_rate=0.003"],
@@ -285,7 +284,6 @@ def in_several_ways(score: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 ALL_LAYERS = ["best.trainable_layers=999", "features.cache=false"]
-LEVERS["3 teachers, stronger augmentation"] += LEVERS["stronger augmentation"]
 LEVERS |= {"only noise": augment([*NO_VALUES[:-1], *NO_PLACES]), "more stretch": augment(["stretch=0.4"])}
 LEVERS |= {name: [] for name in [*PIXELS, *STEPS, "rates by depth", "three networks", "test-time augmentation"]}
 LEVERS |= {name: [] for name in LARGER}
