@@ -3,16 +3,17 @@
     python benchmarks/levers.py DATA screen                every lever, a third of the patients, one split, two seeds
     python benchmarks/levers.py DATA series --levers a b   the same third, one series of normals unseen and judged on
     python benchmarks/levers.py DATA folds --levers a b    another third, five folds
-    python benchmarks/levers.py DATA paired --levers a b   from the folds: is a lever more robust than the base?
+    python benchmarks/levers.py DATA paired --levers a b   is a lever better than the base?
     python benchmarks/levers.py DATA prevalence            from the folds: what scores say where pneumonia is rarer
     python benchmarks/levers.py DATA table                 what is known so far, as Markdown
     python benchmarks/levers.py DATA final --bundle B      a candidate on the test images, under every change
 
-A row is kept in `levers.json` as soon as it is known, and what is kept is not computed again, so the search can be
-ended and taken up at any time, and several processes can share it. Only `final` reads the test images. Judged is: AUC
-on held-out patients, mean AUC over the fixed changes of `pneumoscope.robustness`, specificity as it is and there at the
-threshold that gives 97 % sensitivity on unchanged images. All but `final` look at images of 112 px on one thread: a
-lever costs minutes so, and is one of the recipe, not of the size (`224 px` is a lever itself).
+A row is kept in `levers.json` as soon as it is known, with its scores in `levers`, and what is kept is not computed
+again, so the search can be ended and taken up at any time, and several processes can share it. Only `final` reads the
+test images. Judged is: AUC on held-out patients, mean AUC over the fixed changes of `pneumoscope.robustness`,
+specificity as it is and there at the threshold that gives 97 % sensitivity on unchanged images. All but `final` look at
+images of 112 px on one thread: a lever costs minutes so, and is one of the recipe, not of the size (`224 px` is a lever
+itself).
 
 A lever is settings, and may be what the product does not do: a change of the pixels before anything else (`PIXELS`),
 of a step of training (`STEPS`), of the optimizer (`rates by depth`), a larger network (`LARGER`), or several scores
@@ -49,6 +50,7 @@ from pneumoscope.specs import Spec  # noqa: E402
 from pneumoscope.store import ImageStore  # noqa: E402
 
 KNOWN = Path(__file__).parent / "levers.json"
+SCORES = Path(__file__).parent / "levers"
 SENSITIVITY = 0.97
 FOLDS = 5
 SEEDS = (1, 2)
@@ -76,7 +78,7 @@ LEVERS: dict[str, list[str]] = {
     "100 layers": ["best.trainable_layers=100"],
     "no mean of weights": ["train.weight_average=0"],
     "label smoothing 0.1": ["train.label_smoothing=0.1"],
-    "teachers by folds": ["train.teachers=3"],
+    "distilled": ["train.teachers=3"],
     "class weights": ["train.class_weights=true"],
     "rate 3e-4": ["best.learning_rate=0.0003"],
     "rate 3e-3": ["best.learning_rate=0.003"],
@@ -374,8 +376,7 @@ def spec_of(lever: str, seed: int) -> Spec:
 
 
 def _scores_at(lever: str, protocol: str, seed: int, part: int) -> Path:
-    name = f"{lever}-{protocol}-{seed}-{part}".replace(" ", "_").replace("/", "_")
-    return _files.cache_dir() / "levers" / f"{name}.npz"
+    return SCORES / f"{lever}-{protocol}-{seed}-{part}.npz".replace(" ", "_")
 
 
 def _auc(labels: Any, scores: Any) -> float:
@@ -388,7 +389,8 @@ class Search:
     def __init__(self, data: Path) -> None:
         self.scanned = Catalog.scan(data)
         self.known: list[dict[str, Any]] = json.loads(KNOWN.read_text()) if KNOWN.exists() else []
-        _scores_at("", "", 0, 0).parent.mkdir(parents=True, exist_ok=True)
+        for folder in (SCORES, _files.cache_dir() / "levers"):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def do(self, lever: str, protocol: str, *, seed: int, part: int = 0) -> None:
         identity = {"lever": lever, "settings": LEVERS[lever], "protocol": protocol, "part": part, "seed": seed}
@@ -447,7 +449,7 @@ class Search:
 
     def keep(self, row: dict[str, Any]) -> None:
         """Add a row to what all processes know."""
-        with _scores_at("lock", "", 0, 0).open("w") as lock:
+        with (_files.cache_dir() / "levers" / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.known = [*(json.loads(KNOWN.read_text()) if KNOWN.exists() else []), row]
             temporary = KNOWN.with_suffix(".partial")
@@ -455,26 +457,28 @@ class Search:
             os.replace(temporary, KNOWN)
 
 
-def paired(lever: str) -> str:
-    """Say how much more robust a lever is than the base over all folds, by patients drawn with replacement.
+def paired(lever: str, protocol: str) -> str:
+    """Say how much better a lever is than the base over all runs of a protocol, by patients drawn with replacement.
 
-    The figure is the mean over folds of the mean AUC over changes; a fold's networks are compared on its own images.
+    Compared is the mean over runs (seeds of the screen, or folds) of the AUC as it is, and of the mean AUC over
+    changes; in each run on its own images. A patient that is judged in several runs is drawn for all of them.
     """
-    parts: list[tuple[list[Any], list[Any]]] = []
+    runs = [(seed, 0) for seed in SEEDS] if protocol == "screen" else [(SEEDS[0], part) for part in range(FOLDS)]
+    aucs: list[list[list[Any]]] = []  # by run, of lever and base, as it is and under every change
     groups, ends = [], [0]
-    for part in range(FOLDS):
-        both = [np.load(_scores_at(name, "folds", SEEDS[0], part)) for name in (lever, "base")]
+    for seed, part in runs:
+        both = [np.load(_scores_at(name, protocol, seed, part)) for name in (lever, "base")]
         labels = both[0]["labels"]
-        parts.append(tuple([intervals.weighted_auc(labels, one) for one in found["scores"]] for found in both))  # type: ignore[arg-type]
+        aucs.append([[intervals.weighted_auc(labels, one) for one in found["scores"]] for found in both])
         groups += list(both[0]["groups"])
         ends.append(len(groups))
 
     def gains(weights: Any) -> dict[str, float | None]:
-        found = np.zeros((FOLDS, 2))
-        for part, both in enumerate(parts):
-            own = weights[ends[part] : ends[part + 1]]
-            aucs = np.array([[auc(own) for auc in one] for one in both], dtype=float)
-            found[part] = (aucs[0, 0] - aucs[1, 0], (aucs[0, 1:] - aucs[1, 1:]).mean())
+        found = np.zeros((len(runs), 2))
+        for run, both in enumerate(aucs):
+            own = weights[ends[run] : ends[run + 1]]
+            values = np.array([[auc(own) for auc in one] for one in both], dtype=float)
+            found[run] = (values[0, 0] - values[1, 0], (values[0, 1:] - values[1, 1:]).mean())
         return {"unchanged": float(found[:, 0].mean()), "changed": float(found[:, 1].mean())}
 
     seen = gains(np.ones(len(groups)))
@@ -483,8 +487,8 @@ def paired(lever: str) -> str:
     for name, values in drawn.items():
         low, high = np.percentile(values, [2.5, 97.5])
         p_value = min(1.0, 2 * (1 + min((values <= 0).sum(), (values >= 0).sum())) / (1 + len(values)))
-        said.append(f"{name} {seen[name]:+.5f} (95 % {low:+.5f} to {high:+.5f}, p {p_value:.3f})")
-    return f"{lever} against base, AUC over {FOLDS} folds, n {len(groups)}: {'; '.join(said)}"
+        said.append(f"{name} {seen[name]:+.4f} (95 % {low:+.4f} to {high:+.4f}, p {p_value:.3f})")
+    return f"{lever} against base, {protocol}, AUC, n {ends[-1]}: {'; '.join(said)}"
 
 
 def prevalence() -> Iterator[str]:
@@ -589,8 +593,13 @@ def main() -> None:
             print("\n".join(table(known, protocol)), "\n")
         return
     if options.protocol == "paired":
-        for lever in options.levers:
-            print(paired(lever))
+        for protocol in ("screen", "folds"):
+            for lever in options.levers:
+                if all(
+                    _scores_at(lever, protocol, SEEDS[0], part).exists()
+                    for part in range(protocol == "screen" or FOLDS)
+                ):
+                    print(paired(lever, protocol), flush=True)
         return
     if options.protocol == "prevalence":
         print("\n".join(prevalence()))

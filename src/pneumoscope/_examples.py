@@ -50,18 +50,6 @@ class Images:
         return [pixels, self._drawn[1][positions]]
 
 
-class Part:
-    """Some of the examples of a source."""
-
-    def __init__(self, whole: Source, positions: npt.NDArray[np.intp]) -> None:
-        self._whole, self._positions = whole, positions
-        self.labels = whole.labels[positions]
-
-    def batch(self, positions: Positions, epoch: int) -> Any:
-        """Return what the whole source does for the same examples."""
-        return self._whole.batch(self._positions[positions], epoch)
-
-
 class Features:
     """Stored features; with augmented views, a random one of each image, the clean one among them, in each epoch."""
 

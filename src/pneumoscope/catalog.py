@@ -238,32 +238,6 @@ class Catalog:
             keep &= self.table["label"] == label
         return self.table[keep].reset_index(drop=True)
 
-    def parts_of_train(self, parts: int, *, seed: int) -> npt.NDArray[np.intp]:
-        """Divide the usable train images into parts of whole groups, each part as alike in (label, subtype) as can be.
-
-        Parameters
-        ----------
-        parts : int
-            2 or more.
-        seed : int
-            The same number divides the same way.
-
-        Returns
-        -------
-        ndarray of intp, shape (n,)
-            The part of each row of ``rows("train")``, 0 to ``parts - 1``.
-
-        Raises
-        ------
-        DataError
-            Where a label has fewer groups than there are parts.
-        """
-        part = pd.Series(0, index=self.table.index)
-        for number in range(1, parts + 1):
-            part[_fold(self.table, number, folds=parts, seed=[seed, 4])] = number - 1
-        usable = (self.table["status"] == "ok") & (self.table["split"] == "train")
-        return np.asarray(part[usable], dtype=np.intp)
-
     def counts(self) -> pd.DataFrame:
         """Return how many usable images there are.
 
@@ -485,7 +459,9 @@ def _fold(table: pd.DataFrame, fold: int, *, folds: int, seed: Sequence[int]) ->
     """
     strata = _strata(table, "train")
     if (short := strata.groupby("label").size().min()) < folds:
-        raise DataError(f"{folds} folds need {folds} groups of each label, found {short} of one; choose fewer.")
+        raise DataError(
+            f"{folds} folds need {folds} groups of each label, found {short} of one; choose fewer with --folds."
+        )
     random = np.random.RandomState(list(seed))
     shuffled = strata.sort_values("group").iloc[random.permutation(len(strata))]
     sizes = np.zeros((3, folds))  # images in each part: of this stratum, of this label, of all

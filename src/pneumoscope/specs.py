@@ -216,9 +216,9 @@ class TrainSpec(Part):
         The loss aims at this / 2 and 1 - this / 2 instead of 0 and 1.
     weight_average : float
         Momentum of a running mean of the weights, which is what is validated and kept; 0 for none.
-    teachers : {0, 2, 3, 4, 5}
-        Train so many networks first, each from its own seed and on all but one part of the training patients; the model
-        then learns half from the labels and half from what the one that never saw the patient says (distillation).
+    teachers : int
+        Train so many networks first, 0 to 9, each from its own seed and on its own augmented views; the model then
+        learns half from the labels and half from the mean of their scores (distillation).
     half_kernels : bool
         Round the trained kernels to half precision in the end, so that a bundle of half the size scores just as the run
         does.
@@ -239,7 +239,7 @@ class TrainSpec(Part):
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     weight_average: float = Field(default=0.0, ge=0, lt=1)
-    teachers: Literal[0, 2, 3, 4, 5] = 0
+    teachers: int = Field(default=0, ge=0, le=9)
     half_kernels: bool = False
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from pneumoscope import _backend, augmentation, features, metrics, models
 from pneumoscope._backend import keras
-from pneumoscope._examples import Features, Images, Labels, Part, Source
+from pneumoscope._examples import Features, Images, Labels, Source
 from pneumoscope.catalog import Catalog
 from pneumoscope.checkpoints import Arrays, Checkpoint
 from pneumoscope.errors import RunError, StoppedEarly
@@ -96,9 +96,9 @@ def train(
 ) -> History:
     """Train one approach; the model ends with the weights of its best epoch.
 
-    With ``train.teachers`` as many networks like it are trained first, each from its own seed and on all but one part
-    of the training patients; the model then learns half from the labels and half from what the one that never saw the
-    patient says of the very same input (distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531, by folds).
+    With ``train.teachers`` as many networks like it are trained first, each from its own seed and on its own augmented
+    views; the model then learns half from the labels and half from the mean of their scores for the very same input
+    (distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531, of an ensemble into a network of its size).
 
     Where the model has a frozen part and ``features.cache`` is on, that part runs once per image and only the tail is
     trained, on the stored outputs; the tail shares its weights with `model`.
@@ -141,16 +141,15 @@ def train(
     """
     begin = on_begin or _silent
     finish = functools.partial(_trained, catalog=catalog, progress=progress, stop=stop, say=say)
-    loop = _prepared(model, store, catalog, spec=spec, order=spec, progress=progress)
-    if spec.train.teachers:
-        loop.apart = catalog.parts_of_train(spec.train.teachers, seed=spec.seed)
+    teachers = []
     for number, seed in enumerate(_seeds_of_teachers(spec)):
         own = spec.with_overrides([f"seed={seed}"])
-        teacher = _prepared(models.build(model.name, own), store, catalog, spec=spec, order=own, progress=progress)
-        teacher.learn = Part(teacher.learn, np.flatnonzero(loop.apart != number))
+        teacher = _prepared(models.build(model.name, own), store, catalog, spec=own, progress=progress)
         beside = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-teacher-{number + 1}{checkpoint.suffix}")
         finish(teacher, checkpoint=beside, begin=functools.partial(begin, number))
-        loop.teachers.append(teacher.network)
+        teachers.append(teacher.network)
+    loop = _prepared(model, store, catalog, spec=spec, progress=progress)
+    loop.teachers = teachers
     finish(loop, checkpoint=checkpoint, begin=functools.partial(begin, spec.train.teachers), on_epoch=on_epoch)
     if spec.train.half_kernels:
         halve(model)  # not the network that trains: where images are augmented, the model is one layer of that
@@ -175,10 +174,9 @@ def _prepared(
     catalog: Catalog,
     *,
     spec: Spec,
-    order: Spec,
     progress: Callable[[int, int], None] | None,
 ) -> _Loop:
-    """Make everything ready for the first step; the seed of `order` says in which order images come."""
+    """Make everything ready for the first step."""
     network, scorer, learn, check = _arrange(model, store, catalog, spec=spec, progress=progress)
     rate = getattr(spec, model.name).learning_rate
     _backend.split(network)
@@ -189,7 +187,7 @@ def _prepared(
         jit_compile=_backend.compiles(),
     )
     network.optimizer.build(network.trainable_variables)
-    return _Loop(network, scorer, learn, check, spec=order, rate=rate)
+    return _Loop(network, scorer, learn, check, spec=spec, rate=rate)
 
 
 def _trained(
@@ -354,7 +352,6 @@ class _Loop:
         self.best: list[npt.NDArray[Any]] = []
         self.average: list[Any] = []
         self.teachers: list[models.Model] = []
-        self.apart = np.empty(0, dtype=np.intp)  # by example: the one teacher that never saw its patient
         self._label_weights = _label_weights(learn.labels) if spec.train.class_weights else None
 
     def run(
@@ -408,18 +405,17 @@ class _Loop:
         inputs = self.learn.batch(positions, self.state.epoch)
         self._set_rate()
         self.network.reset_metrics()  # sums are kept here, where they can be written down
-        targets = (labels + self._taught(inputs, positions)) / 2 if self.teachers else labels
+        targets = (labels + self._taught(inputs, len(labels))) / 2 if self.teachers else labels
         logs = self.network.train_on_batch(inputs, targets[:, None], sample_weight=weights, return_dict=True)
         self._average_weights()
         self.state.images_seen += len(labels)
         self.state.loss_sum += float(logs["loss"]) * len(labels)
         self.state.right_sum += float(logs["accuracy"]) * len(labels)
 
-    def _taught(self, inputs: Any, positions: npt.NDArray[np.intp]) -> Labels:
-        """Return for each example the score by the teacher that never saw its patient; every teacher sees all."""
-        n = len(positions)  # always whole batches: another size would be another compiled network
-        scores = np.stack([models.scores(one, lambda _: inputs, n, batch_size=n) for one in self.teachers])
-        return scores[self.apart[positions], np.arange(n)]
+    def _taught(self, inputs: Any, n: int) -> Labels:
+        """Return the mean of the teachers' scores."""
+        scores = [models.scores(teacher, lambda _: inputs, n, batch_size=n) for teacher in self.teachers]
+        return np.asarray(np.mean(scores, axis=0), dtype=np.float32)
 
     def _set_rate(self) -> None:
         """Give the optimizer the rate of this step."""
