@@ -19,7 +19,7 @@ import pytest
 from pneumoscope import _backend, metrics, models, training
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import RunError, StoppedEarly
+from pneumoscope.errors import RunError, SpecError, StoppedEarly
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
@@ -649,6 +649,28 @@ def test_a_network_with_teachers_learns_half_from_their_mean_score_for_the_same_
     assert not same_weights(model, alone)
     assert len(history.epochs) == len(before.epochs) == 1
     assert history.epochs["train_loss"][0] != before.epochs["train_loss"][0]
+
+
+def test_teachers_need_a_frozen_part_that_all_share(packed: Packed) -> None:
+    spec = VIEWS.with_overrides(["train.teachers=2", "backbone.weights=none"])
+    with pytest.raises(SpecError, match=r"^train\.teachers needs a frozen part that all networks share, "):
+        train("tl", packed, spec)
+
+
+def test_views_of_teachers_are_stored_in_the_same_pass_as_the_models_own(packed: Packed) -> None:
+    catalog, store = packed
+    spec = VIEWS.with_overrides(["train.teachers=2", "seed=5"])
+    told: list[tuple[int, int]] = []
+    found = training.extract_features(
+        [models.build("tl", spec)], store, catalog, spec=spec, progress=lambda *done: told.append(done)
+    )
+    assert told[-1][0] == told[-1][1]
+    assert len({total for _, total in told}) == 1
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert len(found["pool"].views) == 3
+    asked: list[tuple[int, int]] = []
+    train("tl", packed, spec, progress=lambda *done: asked.append(done))
+    assert {total for _, total in asked} == {3}  # steps alone: nothing was left to compute
 
 
 def test_training_accuracy_counts_labels_not_what_teachers_made_of_them() -> None:

@@ -25,7 +25,7 @@ from pneumoscope._backend import keras
 from pneumoscope._examples import Features, Images, Labels, Source
 from pneumoscope.catalog import Catalog
 from pneumoscope.checkpoints import Arrays, Checkpoint
-from pneumoscope.errors import RunError, StoppedEarly
+from pneumoscope.errors import RunError, SpecError, StoppedEarly
 from pneumoscope.schedules import Schedule, cosine
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
@@ -138,12 +138,13 @@ def train(
     RunError
         Where the loss is not finite before any epoch was good, or the checkpoint belongs to another run, cannot be
         read or cannot be written.
+    SpecError
+        Where teachers would not share the frozen part.
     """
     begin = on_begin or _silent
     finish = functools.partial(_trained, catalog=catalog, progress=progress, stop=stop, say=say)
     teachers = []
-    for number, seed in enumerate(_seeds_of_teachers(spec)):
-        own = spec.with_overrides([f"seed={seed}"])
+    for number, own in enumerate(_specs_of_teachers(model, spec)):
         teacher = _prepared(models.build(model.name, own), store, catalog, spec=own, progress=progress)
         beside = checkpoint and checkpoint.with_name(f"{checkpoint.stem}-teacher-{number + 1}{checkpoint.suffix}")
         finish(teacher, checkpoint=beside, begin=functools.partial(begin, number))
@@ -160,12 +161,16 @@ def _silent(teachers_done: int, epochs_done: int) -> None:
     """Tell nobody."""
 
 
-def _seeds_of_teachers(spec: Spec) -> list[int]:
-    """Return a seed for each teacher, unlike those that repeated runs have."""
-    return [
-        int(np.random.default_rng([spec.seed, models.TEACHERS, number]).integers(2**31))
-        for number in range(spec.train.teachers)
-    ]
+def _specs_of_teachers(model: models.Model, spec: Spec) -> list[Spec]:
+    """Return the Spec of each teacher: its own seed, unlike those of repeated runs, and no teachers."""
+    teachers = spec.train.teachers
+    if teachers and models.cut(model) is not None and spec.features.cache and spec.backbone.weights == "none":
+        raise SpecError(
+            "train.teachers needs a frozen part that all networks share, and backbone.weights=none gives each its own; "
+            "set backbone.weights=imagenet, or features.cache=false."
+        )
+    seeds = [int(np.random.default_rng([spec.seed, models.TEACHERS, n]).integers(2**31)) for n in range(teachers)]
+    return [spec.with_overrides([f"seed={seed}", "train.teachers=0"]) for seed in seeds]
 
 
 def _prepared(
@@ -320,24 +325,33 @@ def extract_features(
     Returns
     -------
     dict of str to FeatureStore
-        By the name of the layer where each model is cut; rows are the distinct images, sorted by their row in `store`:
-        of training, validation and calibration in the clean view, of training in the augmented ones.
+        By the name of the layer where each model is cut, of the model's own views (those of its teachers are stored
+        too); rows are the distinct images, sorted by their row in `store`: of training, validation and calibration in
+        the clean view, of training in the augmented ones.
     """
     cuts = {cut: model for model in built if (cut := models.cut(model)) is not None}
     if not cuts or not spec.features.cache:
         return {}
     rows, learned = _distinct(store, *_known(catalog)), _distinct(store, catalog.rows("train"))
-    return features.extract(
-        built[0],
-        list(cuts),
-        store=store,
-        rows=rows,
-        learned=learned,
-        spec=spec,
-        part=shard,
-        parts=parts,
-        progress=progress,
-    )
+    specs = [*_specs_of_teachers(built[0], spec), spec]
+    for number, own in enumerate(specs):
+
+        def report(done: int, total: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * total + done, len(specs) * total)
+
+        found = features.extract(
+            built[0],
+            list(cuts),
+            store=store,
+            rows=rows,
+            learned=learned,
+            spec=own,
+            part=shard,
+            parts=parts,
+            progress=report,
+        )
+    return found
 
 
 class _Loop:
