@@ -310,6 +310,13 @@ def test_parts_of_features_are_stored_twice_for_a_while() -> None:
     assert several - one == 90 * (1280 + 2 * 2 * 320) * 2
 
 
+def test_teachers_have_views_of_their_own() -> None:
+    alone, taught = (
+        doctor.stored_bytes(smoke("features.views=3", f"train.teachers={n}"), images=100, test=10) for n in (0, 2)
+    )
+    assert taught - alone == 90 * 2 * 3 * (1280 + 2 * 2 * 320) * 2
+
+
 def test_every_backbone_has_an_estimate() -> None:
     assert set(doctor._CUTS) == set(backbones.BACKBONES)
     for steps in doctor._CUTS.values():

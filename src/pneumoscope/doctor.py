@@ -430,7 +430,7 @@ def stored_bytes(spec: Spec, *, images: int, test: int = 0) -> int:
     Parameters
     ----------
     spec : Spec
-        Image size, backbone, models, ``features`` and ``cluster.shards``.
+        Image size, backbone, models, ``features``, ``train.teachers`` and ``cluster.shards``.
     images : int
         How many there are, test images too.
     test : int
@@ -445,7 +445,8 @@ def stored_bytes(spec: Spec, *, images: int, test: int = 0) -> int:
     pooled = steps[0][2]
     values = images * pooled  # tl learns from them, and every run compares test with training images by them
     if spec.features.cache:
-        copies = (1 + spec.features.views) * (2 if spec.cluster.shards > 1 else 1)  # parts, then the whole of them
+        views = spec.features.views * (1 + spec.train.teachers)  # each network has its own
+        copies = (1 + views) * (2 if spec.cluster.shards > 1 else 1)  # parts, then the whole of them
         if "tl" in spec.models:
             values += known * pooled * (copies - 1)
         for layers in {getattr(spec, name).trainable_layers for name in ("ft", "best") if name in spec.models}:
