@@ -26,12 +26,12 @@ demo: $(VENV)/.runs
 test: $(VENV)/.tests
 	scripts/check
 
-# These need neither Slurm nor the machine for themselves, and run two at a time; the others one by one.
-SIDE_BY_SIDE := $(addprefix tests/test_,docs_commands.py page.py notebook.py report_browser.py tracking.py narration.py)
+# These start Slurm or measure memory, and run one by one on the whole machine; the others two at a time.
+ALONE := $(addprefix tests/test_,batch.py jobs.py serving_hostile.py)
 
 test-slow: $(VENV)/.tests-slow
-	@$(BIN)/pytest -m slow -n 2 --dist loadfile $(SIDE_BY_SIDE)
-	@$(BIN)/pytest -m slow $(addprefix --ignore=,$(SIDE_BY_SIDE))
+	@$(BIN)/pytest -m slow -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/pytest -m slow $(ALONE)
 
 bench: $(VENV)/.runs
 	$(BIN)/python benchmarks/bench.py
