@@ -320,6 +320,12 @@ def test_the_screen_has_a_table_counts_and_the_operating_point(scans: Path) -> N
     assert lines[-2:] == ["SYNTHETIC DATA", f"{RESEARCH_USE}."]
 
 
+def test_one_image_is_counted_as_one(scans: Path) -> None:
+    said, stream = voice()
+    answers.predict(MODEL, [_inputs.Input("one", scans / found("scans")[0].place.name)], narration=said)
+    assert "1 image answered: " in stream.getvalue()
+
+
 def test_on_a_terminal_the_end_of_a_name_stays_and_reasons_stand_below_once(scans: Path) -> None:
     inputs = [_inputs.Input(f"{'deep/' * 20}{at}.png", one.place) for at, one in enumerate(found("scans"))]
     said, stream = voice("terminal")

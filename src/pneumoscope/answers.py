@@ -418,7 +418,7 @@ def sentences(summary: Summary, known: Description) -> list[str]:
     """
     read = summary.n - summary.unreadable
     calls = ", ".join(f"{n:,} called {call}" for call, n in summary.calls.items())
-    said = [f"{read:,} images answered: {calls}."]
+    said = [f"{read:,} image{'' if read == 1 else 's'} answered: {calls}."]
     cost = ""
     if known.curve is not None:
         sensitivity, specificity = known.curve.at(summary.threshold)
