@@ -57,6 +57,7 @@ SEEDS = (1, 2)
 THIRDS = 3
 _FIRST_TRAINED = "block4c_expand_conv"  # of the base
 SMALL = ["image.size_px=112", "train.threads=1"]
+AS_IT_BEGAN = ["train.weight_average=0.99", "image.jpeg_quality=0"]  # the preset when the first row was measured
 
 NO_VALUES = ["gamma=0", "contrast=0", "brightness=0", "blur=0", "noise=0"]
 NO_PLACES = ["zoom=0", "translation=0", "rotation=0", "stretch=0"]
@@ -385,7 +386,7 @@ def judge(score: Callable[[Any], Any], store: ImageStore, table: pd.DataFrame, *
 
 def spec_of(lever: str, seed: int) -> Spec:
     """Return a lever's settings; where it is told by the network how many layers train, that number too."""
-    spec = Spec.preset_named("best").with_overrides([f"seed={seed}", *SMALL, *LEVERS[lever]])
+    spec = Spec.preset_named("best").with_overrides([f"seed={seed}", *SMALL, *AS_IT_BEGAN, *LEVERS[lever]])
     if not lever.startswith("all layers") and lever not in LARGER:
         return spec
     names = [layer.name for layer in backbones.layers_of(models.build("tl", spec), spec.backbone.name)]
@@ -479,13 +480,18 @@ class Search:
             os.replace(temporary, KNOWN)
 
 
+def runs_of(protocol: str) -> list[tuple[int, int]]:
+    """Return seed and part of every run that a comparison needs."""
+    return [(seed, 0) for seed in SEEDS] if protocol == "screen" else [(SEEDS[0], part) for part in range(FOLDS)]
+
+
 def paired(lever: str, protocol: str) -> str:
     """Say how much better a lever is than the base over all runs of a protocol, by patients drawn with replacement.
 
     Compared is the mean over runs (seeds of the screen, or folds) of the AUC as it is, and of the mean AUC over
     changes; in each run on its own images. A patient that is judged in several runs is drawn for all of them.
     """
-    runs = [(seed, 0) for seed in SEEDS] if protocol == "screen" else [(SEEDS[0], part) for part in range(FOLDS)]
+    runs = runs_of(protocol)
     aucs: list[list[list[Any]]] = []  # by run, of lever and base, as it is and under every change
     groups, ends = [], [0]
     for seed, part in runs:
@@ -617,10 +623,8 @@ def main() -> None:
     if options.protocol == "paired":
         for protocol in ("screen", "folds"):
             for lever in options.levers:
-                if all(
-                    _scores_at(lever, protocol, SEEDS[0], part).exists()
-                    for part in range(protocol == "screen" or FOLDS)
-                ):
+                needed = [_scores_at(name, protocol, *run) for name in (lever, "base") for run in runs_of(protocol)]
+                if lever != "base" and all(path.exists() for path in needed):
                     print(paired(lever, protocol), flush=True)
         return
     if options.protocol == "prevalence":

@@ -305,7 +305,7 @@ def assert_same_scores_of_all(folder: Path, expected: Path) -> None:
         assert list(scores[0]) == pytest.approx(list(scores[1]), abs=1e-6), path.name
 
 
-LONG = ["models=cnn", "image.size_px=32", "train.epochs=800", "train.patience=800", "train.plateau_patience=800"]
+LONG = ["models=cnn", "image.size_px=32", "train.epochs=600", "train.patience=600", "train.plateau_patience=600"]
 
 
 def history(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pneumoscope import images
 from pneumoscope.errors import ImageError, StoreError, UsageError
 from pneumoscope.evidence import Grid
 from pneumoscope.familiarity import Familiarity
@@ -114,6 +115,13 @@ def test_a_picture_that_shows_nothing_is_not_assessable(data: bytes, reason: str
     assert (answer.assessable, answer.reason) == (False, reason)
 
 
+def test_a_file_is_prepared_as_the_description_says() -> None:
+    compressing = replace(PREDICTOR, description=replace(DESCRIPTION, jpeg_quality=20))
+    data = png(60, 200)
+    assert np.array_equal(compressing.read(data).pixels, images.load(data, SIZE, jpeg_quality=20))
+    assert not np.array_equal(compressing.read(data).pixels, PREDICTOR.read(data).pixels)
+
+
 def test_no_picture_gives_no_answer_and_bytes_that_are_none_are_refused() -> None:
     assert PREDICTOR.answer([]) == []
     with pytest.raises(ImageError, match="0 bytes"):
@@ -149,6 +157,10 @@ def test_a_description_survives_json() -> None:
     back = Description.from_dict(json.loads(json.dumps(DESCRIPTION.as_dict())))
     assert back.as_dict() == DESCRIPTION.as_dict()
     assert list(back.points) == ["youden", "cost"]
+    compressed = replace(DESCRIPTION, jpeg_quality=75).as_dict()
+    assert Description.from_dict(compressed).jpeg_quality == 75
+    del compressed["jpeg_quality"]  # as bundles of earlier versions
+    assert Description.from_dict(compressed).jpeg_quality == 0
     bare = replace(DESCRIPTION, curve=None, familiarity=None, temperature=None, points={})
     assert Description.from_dict(bare.as_dict()).as_dict() == bare.as_dict()
 

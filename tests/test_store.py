@@ -213,6 +213,16 @@ def test_another_size_packs_anew(catalog: Catalog) -> None:
     assert_holds(stores[1], catalog)
 
 
+def test_another_compression_packs_anew(catalog: Catalog) -> None:
+    plain, compressed = (ImageStore.pack(catalog, size_px=SIZE, jpeg_quality=quality) for quality in (0, 75))
+    assert plain.folder != compressed.folder
+    assert (plain.jpeg_quality, compressed.jpeg_quality) == (0, 75)
+    rows = catalog.rows()
+    for path, row in zip(rows["path"], compressed.rows_of(rows), strict=True):
+        expected = images.load(catalog.read_bytes(path), SIZE, jpeg_quality=75)
+        np.testing.assert_array_equal(compressed.images[row], expected)
+
+
 def test_a_changed_image_packs_anew(catalog: Catalog) -> None:
     first = ImageStore.pack(catalog, size_px=SIZE)
     changed = plant(catalog.root, {"NORMAL/000.png": picture(99)})
@@ -443,7 +453,8 @@ def test_an_unknown_image_is_told(catalog: Catalog) -> None:
 def test_the_manifest_says_what_the_store_holds(catalog: Catalog) -> None:
     store = ImageStore.pack(catalog, size_px=SIZE)
     assert json.loads((store.folder / "manifest.json").read_text()) == {
-        "schema_version": 1, "kind": "images", "key": store.key, "size_px": SIZE, "decoder": images.DECODER_VERSION,
+        "schema_version": 1, "kind": "images", "key": store.key, "size_px": SIZE, "jpeg_quality": 0,
+        "decoder": images.DECODER_VERSION,
         "image_ids": store.image_ids.tolist(), "rejected": {},
     }  # fmt: skip
     opened = ImageStore.open(store.folder)

@@ -19,7 +19,7 @@ import pytest
 from pneumoscope import _backend, metrics, models, training
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import RunError, SpecError, StoppedEarly
+from pneumoscope.errors import RunError, SpecError, StoppedEarly, StoreError
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
 
@@ -513,6 +513,15 @@ def test_all_that_a_step_changes_is_kept(approach: str, override: str, packed: P
     draws = [variable for variable in loop.weights if "int" in variable.dtype]
     assert draws
     assert {id(variable) for variable in draws} <= changed
+
+
+def test_images_that_were_compressed_otherwise_are_refused(packed: Packed) -> None:
+    with pytest.raises(
+        StoreError,
+        match=r"^The images were packed with jpeg_quality 0, image\.jpeg_quality is 75; "
+        r"pack them with jpeg_quality=spec\.image\.jpeg_quality\.$",
+    ):
+        train("cnn", packed, CHANGING.with_overrides(["image.jpeg_quality=75"]))
 
 
 def test_a_checkpoint_of_another_run_is_refused(stopped: Path, packed: Packed) -> None:

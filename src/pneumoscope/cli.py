@@ -291,7 +291,13 @@ def pack(
     with voice.stage(f"Reading {data}"), voice.bar("files", unit="files") as progress:
         catalog = Catalog.scan(data, classes=spec.data.classes, progress=progress)
     with voice.stage("Packing the images"), voice.bar("images") as progress:
-        store = ImageStore.pack(catalog, size_px=spec.image.size_px, cache=output, progress=progress)
+        store = ImageStore.pack(
+            catalog,
+            size_px=spec.image.size_px,
+            jpeg_quality=spec.image.jpeg_quality,
+            cache=output,
+            progress=progress,
+        )
     voice.event(
         "packed",
         f"{len(store.image_ids):,} distinct images of {store.size_px} x {store.size_px} pixels are in {store.folder}"

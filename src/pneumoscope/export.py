@@ -298,6 +298,7 @@ class _Opened:
                 "spec": self.spec.model_dump(mode="json", exclude=set(INDIFFERENT)),
             },
             note=str(manifest["note"]),
+            jpeg_quality=self.spec.image.jpeg_quality,
         )
 
     def _written_scores(self, split: str) -> Predictions:

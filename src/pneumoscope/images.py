@@ -166,8 +166,29 @@ def resize(pixels: npt.NDArray[np.uint8], size_px: int) -> npt.NDArray[np.uint8]
     return np.asarray(small, dtype=np.uint8)
 
 
-def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
-    """Decode and resize in one step: what every model of this project is shown.
+def compressed(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
+    """Compress grey pixels as a JPEG and decode it again, so that all images carry the traces of the same compression.
+
+    Done twice it changes next to nothing, so that images which were kept so before stay as they are.
+
+    Parameters
+    ----------
+    pixels : ndarray of uint8, shape (H, W)
+    quality : int
+        Of libjpeg, 1 to 95.
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W)
+    """
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
+    with Image.open(stream, formats=["JPEG"]) as image:
+        return np.asarray(image, dtype=np.uint8)
+
+
+def load(data: bytes, size_px: int, *, jpeg_quality: int = 0) -> npt.NDArray[np.uint8]:
+    """Decode, resize and compress in one step: what every model of this project is shown.
 
     Parameters
     ----------
@@ -175,6 +196,8 @@ def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
         The whole file.
     size_px : int
         Side of the result.
+    jpeg_quality : int
+        As `compressed`; 0 for no compression.
 
     Returns
     -------
@@ -185,7 +208,8 @@ def load(data: bytes, size_px: int) -> npt.NDArray[np.uint8]:
     ImageError
         As `decode`.
     """
-    return resize(decode(data, at_least_px=2 * size_px), size_px)
+    square = resize(decode(data, at_least_px=2 * size_px), size_px)
+    return compressed(square, jpeg_quality) if jpeg_quality else square
 
 
 def _read_dicom(data: bytes) -> dicom.Radiograph:

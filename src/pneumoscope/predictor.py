@@ -159,6 +159,8 @@ class Description:
         Hashes, versions, licence, attribution, commands.
     note : str
         What must stand on every output, for example that the images were synthetic; empty where nothing must.
+    jpeg_quality : int
+        How images are compressed, as in `images.load`; 0 where they are not.
     """
 
     model: str
@@ -175,6 +177,7 @@ class Description:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    jpeg_quality: int = 0
 
     @property
     def point(self) -> tuple[str, float]:
@@ -191,6 +194,7 @@ class Description:
             "note": self.note,
             "labels": list(LABELS),
             "size_px": self.size_px,
+            "jpeg_quality": self.jpeg_quality,
             "operating_points": dict(self.points),
             "chosen_on": self.chosen_on,
             "curve": curve
@@ -238,6 +242,7 @@ class Description:
                 metrics=dict(content["metrics"]),
                 provenance=dict(content["provenance"]),
                 note=str(content["note"]),
+                jpeg_quality=int(content.get("jpeg_quality", 0)),  # bundles of earlier versions do not say it
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
@@ -351,7 +356,8 @@ class Predictor:
             As `images.load`.
         """
         header = header or images.read_header(data)
-        pixels = images.load(data, self.description.size_px)
+        known = self.description
+        pixels = images.load(data, known.size_px, jpeg_quality=known.jpeg_quality)
         notes = list(header.notes)
         if header.frames > 1:
             notes.append(f"The file holds {header.frames} pictures; only the first was read.")

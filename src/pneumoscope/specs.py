@@ -110,9 +110,12 @@ class ImageSpec(Part):
     ----------
     size_px : int
         Side of the square that images are squashed to, 32 to 1024.
+    jpeg_quality : int
+        Compress the square as a JPEG of this quality, in training and in use, up to 95; 0 for no compression.
     """
 
     size_px: int = Field(default=224, ge=32, le=1024)
+    jpeg_quality: int = Field(default=0, ge=0, le=95)
 
 
 class AugmentSpec(Part):
@@ -563,25 +566,11 @@ PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "default": _DEFAULT,
         "best": {
             "models": ["best"],
+            "image": {"jpeg_quality": 75},
             "split": {"calibration": 0.5},
-            "augment": {
-                "zoom": 0.15,
-                "translation": 0.08,
-                "rotation": 10,
-                "stretch": 0.2,
-                "gamma": 0.5,
-                "contrast": 0.4,
-                "brightness": 0.1,
-                "blur": 0.009,
-                "noise": 0.08,
-            },
-            "train": {
-                "epochs": 6,
-                "schedule": "cosine",
-                "weight_decay": 0.01,
-                "weight_average": 0.99,
-                "half_kernels": True,
-            },
+            "augment": {"zoom": 0.15, "translation": 0.08, "rotation": 10, "stretch": 0.2}
+            | {"gamma": 0.5, "contrast": 0.4, "brightness": 0.1, "blur": 0.009, "noise": 0.08},
+            "train": {"epochs": 6, "schedule": "cosine", "weight_decay": 0.01, "half_kernels": True},
             "features": {"views": 8},
         },
         "tutorial": {

@@ -49,7 +49,9 @@ class ImageStore:
     rejected : dict of str to str
         image_id -> reason, for files that could not be decoded.
     key : str
-        Hash of the contents' ids, the size and the decoder's version.
+        Hash of the contents' ids, the size, the compression and the decoder's version.
+    jpeg_quality : int
+        As `images.load`.
     """
 
     folder: Path
@@ -57,10 +59,17 @@ class ImageStore:
     image_ids: npt.NDArray[np.str_]
     rejected: dict[str, str]
     key: str
+    jpeg_quality: int = 0
 
     @classmethod
     def pack(
-        cls, catalog: Catalog, *, size_px: int, cache: Path | None = None, progress: Progress | None = None
+        cls,
+        catalog: Catalog,
+        *,
+        size_px: int,
+        jpeg_quality: int = 0,
+        cache: Path | None = None,
+        progress: Progress | None = None,
     ) -> Self:
         """Decode and resize every usable image of a Catalog, or open the store that already holds them.
 
@@ -70,6 +79,8 @@ class ImageStore:
             Images with the same content are packed once.
         size_px : int
             Side of the square.
+        jpeg_quality : int
+            As `images.load`.
         cache : Path, optional
             Folder for stores; the user's cache where not given.
         progress : callable, optional
@@ -88,6 +99,8 @@ class ImageStore:
         usable = catalog.rows()[["image_id", "path"]].drop_duplicates("image_id").sort_values("image_id", kind="stable")
         ids, paths = usable["image_id"].tolist(), usable["path"].tolist()
         content = {"image_ids": ids, "size_px": size_px, "decoder": images.DECODER_VERSION}
+        if jpeg_quality:
+            content["jpeg_quality"] = jpeg_quality
         key = _files.hash_of(content)[:16]
         folder = (cache or _files.cache_dir()) / f"images-{key}"
         if folder.exists() and not (folder / "manifest.json").exists():
@@ -96,7 +109,9 @@ class ImageStore:
             _files.require_space(folder.parent, len(ids) * size_px**2, what="Packing the images")
 
             def fill(target: Path) -> None:
-                _fill(target, catalog, ids, paths, size_px=size_px, key=key, progress=progress)
+                _fill(
+                    target, catalog, ids, paths, size_px=size_px, jpeg_quality=jpeg_quality, key=key, progress=progress
+                )
 
             _files.build_folder(folder, fill)
         return cls.open(folder)
@@ -130,7 +145,8 @@ class ImageStore:
         if array.shape != shape or array.dtype != np.uint8:
             raise StoreError(f"{folder} holds {array.shape} where {shape} belongs; delete it and run again.")
         image_ids = np.asarray(manifest["image_ids"], dtype=np.str_)
-        return cls(folder, array, image_ids, dict(manifest["rejected"]), str(manifest["key"]))
+        quality = int(manifest.get("jpeg_quality", 0))  # stores of earlier versions do not say it
+        return cls(folder, array, image_ids, dict(manifest["rejected"]), str(manifest["key"]), quality)
 
     @property
     def size_px(self) -> int:
@@ -173,6 +189,7 @@ def _fill(
     paths: list[str],
     *,
     size_px: int,
+    jpeg_quality: int,
     key: str,
     progress: Progress | None,
 ) -> None:
@@ -191,7 +208,7 @@ def _fill(
         if not _files.sha256_of(data).startswith(ids[row]):
             raise StoreError(f"{paths[row]} changed while it was read; wait until it is complete and run again.")
         try:
-            array[row] = images.load(data, size_px)
+            array[row] = images.load(data, size_px, jpeg_quality=jpeg_quality)
         except ImageError as error:
             rejected[ids[row]] = error.reason
 
@@ -217,6 +234,7 @@ def _fill(
             "kind": "images",
             "key": key,
             "size_px": size_px,
+            "jpeg_quality": jpeg_quality,
             "decoder": images.DECODER_VERSION,
             "image_ids": [ids[row] for row in kept],
             "rejected": rejected,

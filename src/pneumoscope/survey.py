@@ -209,7 +209,7 @@ def pack(catalog: Catalog, spec: Spec, voice: Narration) -> ImageStore:
     catalog : Catalog
         The images.
     spec : Spec
-        ``image.size_px``.
+        ``image``.
     voice : Narration
         Who speaks.
 
@@ -223,7 +223,9 @@ def pack(catalog: Catalog, spec: Spec, voice: Narration) -> ImageStore:
         As `ImageStore.pack`.
     """
     with voice.stage("Packing the images"), voice.bar("images") as progress:
-        return ImageStore.pack(catalog, size_px=spec.image.size_px, progress=progress)
+        return ImageStore.pack(
+            catalog, size_px=spec.image.size_px, jpeg_quality=spec.image.jpeg_quality, progress=progress
+        )
 
 
 def draw_data(catalog: Catalog, store: ImageStore, target: Run, *, note: str, seed: int) -> None:

@@ -25,7 +25,7 @@ from pneumoscope._backend import keras
 from pneumoscope._examples import Features, Images, Labels, Source
 from pneumoscope.catalog import Catalog
 from pneumoscope.checkpoints import Arrays, Checkpoint
-from pneumoscope.errors import RunError, SpecError, StoppedEarly
+from pneumoscope.errors import RunError, SpecError, StoppedEarly, StoreError
 from pneumoscope.schedules import Schedule, cosine
 from pneumoscope.specs import Spec
 from pneumoscope.store import ImageStore
@@ -140,7 +140,14 @@ def train(
         read or cannot be written.
     SpecError
         Where teachers would not share the frozen part.
+    StoreError
+        Where the images were compressed in another way than `spec` says.
     """
+    if store.jpeg_quality != spec.image.jpeg_quality:
+        raise StoreError(
+            f"The images were packed with jpeg_quality {store.jpeg_quality}, image.jpeg_quality is "
+            f"{spec.image.jpeg_quality}; pack them with jpeg_quality=spec.image.jpeg_quality."
+        )
     begin = on_begin or _silent
     finish = functools.partial(_trained, catalog=catalog, progress=progress, stop=stop, say=say)
     teachers = []
