@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from scipy import ndimage, special  # noqa: E402
 
-from pneumoscope import backbones, bundle, curves, intervals, models, onnx_graph, robustness, training  # noqa: E402
+from pneumoscope import backbones, bundle, curves, images, intervals, models, onnx_graph, robustness, training  # noqa: E402
 from pneumoscope._backend import keras  # noqa: E402
 from pneumoscope.catalog import Catalog  # noqa: E402
 from pneumoscope.specs import Spec  # noqa: E402
@@ -549,9 +549,12 @@ def final(data: Path, folder: Path) -> None:
     store = ImageStore.pack(catalog, size_px=found.description.size_px)
     network = bundle.OnnxNetwork(found.network_bytes(), name="final")
     pictures, labels = store.images[store.rows_of(rows)], rows["label"].to_numpy()
+    quality = found.description.jpeg_quality
 
-    def score(images: Any) -> Any:
-        return np.concatenate([network(images[start : start + 32]).score for start in range(0, len(images), 32)])
+    def score(squares: Any) -> Any:
+        if quality:  # last, as in use: whatever became of an image before
+            squares = np.stack([images.compressed(square, quality) for square in squares])
+        return np.concatenate([network(squares[start : start + 32]).score for start in range(0, len(squares), 32)])
 
     clean = score(pictures)
     called = clean > threshold

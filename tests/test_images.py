@@ -420,7 +420,8 @@ def test_compressed_images_carry_the_traces_of_a_jpeg_and_doing_it_again_adds_ne
     square = images.load(encoded(Image.fromarray(scene(600, 800))), 64)
     once = images.load(encoded(Image.fromarray(scene(600, 800))), 64, jpeg_quality=50)
     assert np.array_equal(once, images.compressed(square, 50))
-    assert (once.shape, once.dtype) == ((64, 64), np.uint8)
+    assert once.shape == (64, 64)
+    assert once.dtype == np.uint8
     first, second = (np.abs(a.astype(int) - b).mean() for a, b in ((once, square), (images.compressed(once, 50), once)))
     assert first > 0.2
     assert second < first / 4

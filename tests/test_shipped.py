@@ -35,6 +35,17 @@ def test_it_scores_a_few_synthetic_images_as_it_did_when_it_was_made(predictor: 
     assert predictor.network(drawn).score == pytest.approx(list(KNOWN.values()), abs=1e-3)
 
 
+def test_originals_are_called_as_the_thumbnails_of_them(predictor: Predictor, real_data: Path) -> None:
+    originals = {path.name: path for path in (real_data / "full_resolution").rglob("*.jpeg")}
+    thumbnails = {path.name: path for path in (real_data / "chest_xray").rglob("*.jpeg") if path.name in originals}
+    assert len(thumbnails) == len(originals) == 109
+    calls = [
+        [answer.call for answer in predictor.answer([predictor.read(where[name].read_bytes()) for name in originals])]
+        for where in (originals, thumbnails)
+    ]
+    assert sum(a != b for a, b in zip(*calls, strict=True)) <= 1
+
+
 def test_it_is_small_and_holds_three_files(shipped: Bundle) -> None:
     files = sorted(shipped.folder.iterdir())
     assert [path.name for path in files] == ["bundle.json", "model.onnx", "model_card.md"]
@@ -72,4 +83,5 @@ def test_where_no_model_is_named_it_answers(
     assert (end.value.code, err) == (0, "")
     assert out.startswith("Asking the model that comes with the package: made from X-rays of children of one to five")
     _, row = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()
-    assert float(row.split(",")[1]) == pytest.approx(float(predictor.network(picture[None]).score[0]), abs=1e-5)
+    expected = predictor.answer([predictor.read((tmp_path / "x.png").read_bytes())])[0]
+    assert float(row.split(",")[1]) == pytest.approx(expected.score, abs=1e-5)
