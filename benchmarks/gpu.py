@@ -45,7 +45,7 @@ def run(spec: Spec, data: Path) -> None:
     clock = _Clock()
     catalog = Catalog.scan(data).split(spec.split, seed=spec.seed)
     clock.lap("scan")
-    store = ImageStore.pack(catalog, size_px=spec.image.size_px)
+    store = ImageStore.pack(catalog, size_px=spec.image.size_px, jpeg_quality=spec.image.jpeg_quality)
     clock.lap("pack", images=len(store.image_ids))
     built = {name: models.build(name, spec) for name in spec.models}
     clock.lap("build")

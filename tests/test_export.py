@@ -20,7 +20,9 @@ from pneumoscope.predictions import Predictions
 from pneumoscope.runs import Run
 from pneumoscope.specs import Spec
 
-SPEC = Spec.preset_named("smoke").with_overrides(["image.size_px=64", 'models=["cnn","tl"]', "split.calibration=0.3"])
+SPEC = Spec.preset_named("smoke").with_overrides(
+    ["image.size_px=64", "image.jpeg_quality=50", 'models=["cnn","tl"]', "split.calibration=0.3"]
+)
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,8 @@ def test_its_card_and_description_say_what_it_is_from_and_how_good(shipped: Bund
     assert point["sensitivity"] >= 0.97
     assert point["specificity"] >= 0.95
     assert shipped.content["chosen_on"] == "calibration"
+    assert shipped.content["jpeg_quality"] == 75
+    assert "compressed as a JPEG of quality 75" in card
 
 
 def test_it_tells_nothing_of_the_machine_it_was_made_on_but_its_kind(shipped: Bundle) -> None:
