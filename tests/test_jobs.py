@@ -451,7 +451,39 @@ def test_a_job_on_two_nodes_makes_way_for_an_urgent_one_and_goes_on(tmp_path: Pa
     assert set((tmp_path / "heard-0").read_text().split()) == {"SIGTERM"}, "Slurm may say it more than once"
     end = followed(tmp_path / "jobs")["train"]
     assert (end.state, end.exit_status) == ("COMPLETED", 0)
-    assert said(end.log) == ["begins", "goes on"]
+    lines = said(end.log)
+    assert (lines[0], lines[-1]) == ("begins", "goes on")
+    assert "does not go back" not in end.log.read_text(), "Slurm may put it back first"
+
+
+PUT_BACK = """
+import os, pathlib, signal, subprocess, sys, time
+here = pathlib.Path(sys.argv[1])
+def stop(number, frame):
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    (here / "kept").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+if (here / "kept").exists():
+    print("goes on")
+    sys.exit()
+(here / "ready").touch()
+time.sleep(300)
+"""
+
+
+@on_slurm
+def test_a_job_that_slurm_has_put_back_before_it_could_ask_goes_on(tmp_path: Path) -> None:
+    """As at the end of a preempted job's grace time, on a machine too slow for it."""
+    submitted = jobs.submit([program("train", PUT_BACK, str(tmp_path))], folder=tmp_path / "jobs", cluster=SMALL)
+    until((tmp_path / "ready").exists)
+    scancel("--signal=USR2", submitted[0].job_id)
+    end = followed(tmp_path / "jobs")["train"]
+    assert (end.state, end.exit_status) == ("COMPLETED", 0)
+    assert said(end.log)[-2:] == [
+        "Slurm has put the job back into the queue itself.",
+        "goes on",
+    ]  # after scontrol's line
 
 
 @on_slurm

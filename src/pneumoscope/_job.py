@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,9 @@ class Command:
             os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
             self._heed(False)  # nothing is left to stop
         except Exception as error:  # after `checkpoint`: no requeue was left, or Slurm refused it
+            if _is_put_back():
+                sys.stderr.write("Slurm has put the job back into the queue itself.\n")
+                raise SystemExit(STOPPED) from None  # nothing to note: the job has not ended
             sys.stderr.write(f"The command was stopped, but the job does not go back into the queue: {error}\n")
             _leave(STOPPED)
         _leave(exit_status(self._child.wait(), told_to_stop=False))
@@ -137,6 +141,17 @@ def _note(status: int | None) -> None:
     else:
         with contextlib.suppress(PneumoscopeError):  # a full disk must not change the exit status
             _files.write_json(path, {"exit_status": status})
+
+
+def _is_put_back() -> bool:
+    """Whether Slurm has put this job back by itself, as at the end of a preempted job's grace time."""
+    command = ("scontrol", "show", "job", "--oneliner", os.environ["SLURM_JOB_ID"])
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    restarts = re.search(r"\bRestarts=(\d+)", told)
+    return restarts is not None and int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _is_first() -> bool:
