@@ -172,6 +172,13 @@ def test_the_card_says_what_the_run_knows(made: Made) -> None:
     assert "html_inline" not in structure(text)
 
 
+def test_the_card_says_whether_images_are_compressed_before_they_are_scored(made: Made) -> None:
+    facts = card.facts_of(made())
+    assert "compressed as a JPEG" not in card.text(facts)
+    facts["spec"]["image"]["jpeg_quality"] = 60
+    assert "compressed as a JPEG of quality 60 and decoded again" in " ".join(card.text(facts).split())
+
+
 def test_tables_are_whole(made: Made) -> None:
     text = card.text(card.facts_of(made()))
     blocks = [block for block in text.split("\n\n") if block.lstrip().startswith("| ")]
