@@ -307,8 +307,7 @@ def test_shuffling_what_is_all_the_same_changes_no_map() -> None:
 ELSEWHERE = """
 import sys
 import numpy as np
-import onnxruntime
-from pneumoscope import _backend, explainer, models, onnx_graph
+from pneumoscope import _backend, _onnxruntime, explainer, models, onnx_graph
 from pneumoscope.specs import Spec
 assert _backend.prepare() == sys.argv[1]
 pixels = np.random.default_rng(5).integers(0, 256, (5, 64, 64), dtype=np.uint8)
@@ -321,7 +320,7 @@ for approach in ("cnn", "tl", "ft"):
     score, logit, bias, evidence, features = ours
     assert np.abs(bias).max() > 1e-3
     assert np.allclose(evidence.sum((1, 2)) + bias, logit, rtol=1e-4, atol=1e-4), (approach, logit)
-    session = onnxruntime.InferenceSession(onnx_graph.build(model).SerializeToString())
+    session = _onnxruntime.load().InferenceSession(onnx_graph.build(model).SerializeToString())
     for name, one, other in zip(explainer.OUTPUTS, ours, session.run(None, {"image": pixels}), strict=True):
         assert np.allclose(one, other, rtol=1e-3, atol=1e-4), (approach, name, np.abs(one - other).max())
 """

@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 
 # From the ground up; on one floor, a module may import those to its left.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_files", "_locks", "_stopping", "_backend"),
+    ("errors", "_files", "_locks", "_stopping", "_backend", "_onnxruntime"),
     ("_codestreams", "_greys", "dicom", "images", "surroundings", "specs", "predictions", "schedules",
      "_torch_weights"),
     ("_sources", "_inputs", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics",
@@ -177,6 +177,12 @@ def test_internal_imports_stand_at_the_top(module: str) -> None:
 @pytest.mark.parametrize("module", ["__init__", *(module for module in MODULES if module != "_backend")])
 def test_only_the_backend_module_names_a_backend(module: str) -> None:
     assert [f"{module}.py:{found.line} {found.name}" for found in _imports(module) if found.root in BACKENDS] == []
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_onnxruntime_is_loaded_without_its_telemetry(module: str) -> None:
+    """By `_onnxruntime.load`, then, and by no import."""
+    assert [f"{module}.py:{found.line}" for found in _imports(module) if found.root == "onnxruntime"] == []
 
 
 @pytest.mark.parametrize("module", [module for module in GROUND if module in MODULES])

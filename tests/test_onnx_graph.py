@@ -8,10 +8,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pytest
 
-from pneumoscope import backbones, evidence, explainer, models, onnx_graph, phantom, training
+from pneumoscope import _onnxruntime, backbones, evidence, explainer, models, onnx_graph, phantom, training
 from pneumoscope._backend import keras
 from pneumoscope.errors import UsageError
 from pneumoscope.specs import Spec
@@ -62,7 +61,8 @@ def pretrained(approach: str) -> Any:
     return _BUILT[approach]
 
 
-def session_of(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def session_of(proto: onnx.ModelProto) -> Any:
+    onnxruntime = _onnxruntime.load()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

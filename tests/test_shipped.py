@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def test_its_card_and_description_say_what_it_is_from_and_how_good(shipped: Bund
 def test_it_tells_nothing_of_the_machine_it_was_made_on_but_its_kind(shipped: Bundle) -> None:
     text = json.dumps(shipped.content)
     assert not any(word in text for word in ("/home", "/tmp", "/work", "/root", "-v6"))
+
+
+ASKED = """
+from pneumoscope import _chosen, _onnxruntime
+_chosen.find(None).predictor(threads=1)
+_onnxruntime.load("onnxruntime.quantization")
+"""
+
+
+def test_asking_it_writes_nothing_into_the_home_of_its_user(tmp_path: Path) -> None:
+    """As onnxruntime does where nobody keeps it from it: what it runs on, to be sent to its maker."""
+    home = {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}  # without the signs of a CI, where it keeps still
+    subprocess.run([sys.executable, "-c", ASKED], env=home, check=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_where_no_model_is_named_it_answers(

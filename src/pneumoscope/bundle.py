@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope import _files, card
+from pneumoscope import _files, _onnxruntime, card
 from pneumoscope.errors import StoreError
 from pneumoscope.predictor import Description, Outputs, Predictor
 
@@ -51,8 +51,7 @@ class OnnxNetwork:
     """
 
     def __init__(self, data: bytes, *, name: str, threads: int = 0, spinning: bool = True) -> None:
-        import onnxruntime  # late: half a second that a look at bundle.json does not need
-
+        onnxruntime = _onnxruntime.load()  # late: a look at bundle.json does not need it
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pneumoscope import explainer, models
+from pneumoscope import _onnxruntime, explainer, models
 from pneumoscope._backend import keras
 from pneumoscope.errors import UsageError
 
@@ -111,8 +111,7 @@ def quantized(proto: onnx.ModelProto, images: npt.NDArray[np.uint8]) -> onnx.Mod
     UsageError
         Where `proto` has float16 weights, or there is no image.
     """
-    from onnxruntime import quantization  # here because few need it: it loads in a second
-
+    quantization = _onnxruntime.load("onnxruntime.quantization")  # here because few need it: it loads in a second
     if any(constant.data_type == TensorProto.FLOAT16 for constant in proto.graph.initializer):
         raise UsageError("Weights stored as float16 cannot be made 8-bit integers; build the graph with float32 first.")
     if not len(images):
