@@ -286,18 +286,8 @@ def test_a_job_that_fails_leaves_the_other_approaches_measured_and_its_reason_on
 ) -> None:
     folder = tmp_path / "run"
     in_the_way = Run(folder).table_path("cnn", "loss_per_epoch")
-    words = [
-        "run",
-        str(tiny_set),
-        "-o",
-        str(folder),
-        *settings(),
-        "--models",
-        "cnn,tl",
-        "--executor",
-        "slurm",
-        "--wait",
-    ]
+    more = ["--models", "cnn,tl", "--executor", "slurm", "--wait"]
+    words = ["run", str(tiny_set), "-o", str(folder), *settings(), *more]
     begun(folder, tiny_set, SPEC.with_overrides(["models=cnn,tl"]))
     in_the_way.mkdir(parents=True)
     done = command(tmp_path, *words, status=1)
@@ -307,7 +297,9 @@ def test_a_job_that_fails_leaves_the_other_approaches_measured_and_its_reason_on
     assert list(_files.read_json(folder / "metrics.json")["models"]) == ["tl"]
     in_the_way.rmdir()
     command(tmp_path, *words, "--resume")
-    for path in sorted(folder.glob("tables/*_yscores.csv")):
+    tables = sorted(folder.glob("tables/*_yscores.csv"))
+    assert len(tables) == 4
+    for path in tables:
         scores = [pd.read_csv(run / "tables" / path.name)["y_scores"] for run in (folder, inline)]
         assert list(scores[0]) == pytest.approx(list(scores[1]), abs=1e-6), path.name
 

@@ -1,6 +1,6 @@
 """The only module that loads onnxruntime, and without its telemetry.
 
-From 1.29 on onnxruntime writes what it runs on into a file of the user's cache on Linux and macOS, and sends it to its
+From 1.29 on onnxruntime writes what it runs on into a file of the user's cache on Linux and macOS, to be sent to its
 maker, unless an environment variable says otherwise before it is loaded. Nothing here may leave the machine unasked.
 """
 
