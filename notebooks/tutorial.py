@@ -115,7 +115,7 @@ print("Accuracy of calling everything PNEUMONIA:", share.round(3).to_dict())
 # `ImageStore.pack` decodes every image once, squeezes it into a square and keeps it. Every epoch after that only reads.
 
 # %%
-store = ImageStore.pack(catalog, size_px=spec.image.size_px)
+store = ImageStore.pack(catalog, size_px=spec.image.size_px, jpeg_quality=spec.image.jpeg_quality)
 catalog = catalog.quarantine(store.rejected)  # what could not be decoded is set apart, and listed
 for label, name in enumerate(("NORMAL", "PNEUMONIA")):
     some = catalog.rows("train", label=label).head(12)
