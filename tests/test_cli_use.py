@@ -6,8 +6,9 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,22 @@ def test_a_run_is_exported_once_and_what_hinders_it_is_said(run: Run, bundle: Bu
         file.write(b"another")  # so that it is not the exported one
     with pytest.raises(PneumoscopeError, match=r"^The run in .* is stopped, not finished; "):
         _chosen.bundle_of(str(folder))
+
+
+def test_an_export_that_was_broken_off_hinders_no_later_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(tmp_path / "cache"))
+
+    def breaks_off(words: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(words[-1]) / "model.onnx").write_bytes(b"half")
+        return subprocess.CompletedProcess(words, 137, "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", breaks_off)
+        with pytest.raises(PneumoscopeError, match=r"^it ended with status 137$"):
+            _chosen.bundle_of(f"{run.folder}:cnn")
+    assert _chosen.bundle_of(f"{run.folder}:cnn").description.model == "cnn"
 
 
 def test_a_bundle_that_was_changed_is_refused(bundle: Bundle, tmp_path: Path) -> None:

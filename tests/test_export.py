@@ -121,6 +121,12 @@ def test_what_is_usual_is_learned_once_and_anew_for_another_model(run: Run, tmp_
     assert kept.stat().st_mtime_ns != before
 
 
+def test_a_run_that_may_not_be_written_answers_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = run.folder / "spec.toml" / "cnn.reference.json"  # a file has no files, even for root
+    monkeypatch.setattr(Run, "reference_path", lambda *_: nowhere)
+    assert export.open_predictor(run, "cnn").description.familiarity is not None
+
+
 def test_a_run_whose_images_are_gone_still_answers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(tmp_path / "cache"))
     folder = shutil.copytree(run.folder, tmp_path / "run")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pneumoscope import images
 from pneumoscope.errors import ImageError
@@ -170,6 +170,20 @@ def test_damaged_exif_data_do_not_matter_and_nobody_is_warned() -> None:
         warnings.simplefilter("error")
         assert images.decode(data).shape == (60, 80)
         assert images.read_header(data).width_px == 80
+
+
+def test_a_picture_is_turned_even_where_other_exif_data_are_of_the_wrong_type() -> None:
+    entries = struct.pack(">HHLL", 0x010F, 5, 1, 38) + struct.pack(">HHLHH", 0x0112, 3, 1, 6, 0)  # Make as a fraction
+    exif = b"Exif\0\0MM\0*" + struct.pack(">LH", 8, 2) + entries + bytes(4) + struct.pack(">LL", 1, 3)
+    data = encoded(Image.fromarray(scene()), "JPEG", exif=exif, quality=95)
+    assert images.decode(data).shape == (80, 60)
+    assert images.read_header(data).width_px == 60
+
+
+def test_the_header_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = black_png(3000, 3000)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda _: pytest.fail("a pixel was decoded"))
+    assert images.read_header(data).width_px == 3000
 
 
 # --- what is refused
@@ -348,6 +362,25 @@ def test_an_array_that_is_no_picture_is_refused(data: bytes, reason: str, senten
     error = refused(data)
     assert error.reason == reason
     assert str(error).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "words", ["{'descr': '|u1', 'fortran_order': False, 'shape': (2, 2), ", "-" * 9000, "(" * 250, "-" * 250 + "1"]
+)
+def test_an_array_whose_header_is_no_dictionary_is_refused(words: str) -> None:
+    assert refused(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(words)) + words.encode()).reason == "damaged"
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_they_are_decoded() -> None:
+    data = encoded(Image.fromarray(scene()), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    for times, outcome in ((80, None), (100, "damaged")):  # beside the picture's own, ten or so
+        bomb = data[:-2] + times * last + data[-2:]
+        if outcome is None:
+            assert images.decode(bomb).shape == (60, 80)
+        else:
+            assert refused(bomb).reason == outcome
+            assert "scans; at most 100 are decoded." in str(refused(bomb))
 
 
 def test_an_array_that_claims_to_be_huge_takes_no_memory() -> None:

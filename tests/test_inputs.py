@@ -188,6 +188,20 @@ def test_a_member_that_is_encrypted_damaged_or_gone_is_one_sentence(here: Path) 
         _inputs.find(["b.zip"]).inputs[0].read()
 
 
+def test_a_damaged_member_that_was_packed_by_lzma_is_one_sentence(here: Path) -> None:
+    with zipfile.ZipFile(here / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.png", png())
+        archive.writestr("unnamed", bytes(128) + b"DICM" + bytes(500))
+    data = bytearray((here / "a.zip").read_bytes())
+    for name in (b"x.png", b"unnamed"):
+        start = data.index(name) + len(name) + 9  # behind the name and LZMA's own header
+        data[start : start + 20] = b"\xff" * 20
+    (here / "a.zip").write_bytes(bytes(data))
+    (x,) = _inputs.find(["a.zip"]).inputs
+    with pytest.raises(ImageError, match=r"^The archive is damaged at this file\.$"):
+        x.read()
+
+
 def test_links_pipes_and_loops_hold_nothing_up_and_lead_nowhere(here: Path) -> None:
     (here / "secret.png").write_bytes(png())
     root = here / "scans"

@@ -94,6 +94,7 @@ class Server:
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     key: str = ""
     largest_bytes: int = 2**30
+    other_model: bool = False
 
     def wrap(self, app: Any) -> Any:
         """Stand before the application: count, and refuse as told."""
@@ -132,9 +133,16 @@ class Server:
         async def replay() -> Any:
             return messages.pop() if messages else await receive()
 
+        async def renamed(message: Any) -> None:
+            if b"sha256" in message.get("body", b""):
+                found = json.loads(message["body"])
+                found["model"]["sha256"] = found["model"]["sha256"][::-1]  # as long, as the header says
+                message = message | {"body": json.dumps(found, separators=(",", ":")).encode()}
+            await send(message)
+
         try:
             await asyncio.sleep(0.05)  # long enough for a third request, if there were one, to meet the others
-            await app(scope, replay, send)
+            await app(scope, replay, renamed if self.other_model else send)
         finally:
             self.at_once -= 1
 
@@ -528,17 +536,42 @@ def test_a_hostile_file_name_is_text_and_runs_nothing(page: Page, two: list[Path
 
 
 def test_a_key_is_asked_for_once_and_kept_nowhere(page: Page, two: list[Path]) -> None:
-    page.server.key = "let-me-in"
+    page.server.key = "let me in"
     page.open()
     page.until(lambda: page["key"].is_displayed())
     page["key-value"].send_keys("wrong", Keys.ENTER)
     page.until(lambda: "does not take that key" in page["key-text"].text)
-    page["key-value"].send_keys("let-me-in", Keys.ENTER)
+    page["key-value"].send_keys("let me in", Keys.ENTER)
     page.until(lambda: "tiny" in page["model"].text)
     page.choose(*two)
     assert page.calls() == ["PNEUMONIA", "NORMAL"]
     assert page.driver.execute_script("return localStorage.length + sessionStorage.length") == 0
     assert page.driver.get_cookies() == []
+
+
+def test_no_image_is_called_before_the_model_is_known(page: Page, two: list[Path]) -> None:
+    page.server.key = "let-me-in"
+    page.open()
+    page.until(lambda: page["key"].is_displayed())
+    page.press(Keys.ESCAPE)
+    page.until(lambda: "asks for an API key" in page["model"].text)
+    page.choose(*two, wait=False)
+    page.until(lambda: page["key"].is_displayed())
+    page.press(Keys.ESCAPE)
+    page.until(lambda: [row["reason"] for row in page.rows()] == ["The server asks for an API key."] * 2)
+    page["retry"].click()
+    page.until(lambda: page["key"].is_displayed())
+    page["key-value"].send_keys("let-me-in", Keys.ENTER)
+    page.until(lambda: page.calls() == ["PNEUMONIA", "NORMAL"])
+    assert "tiny" in page["model"].text
+
+
+def test_scores_of_another_model_get_no_call(page: Page, two: list[Path]) -> None:
+    page.open()
+    page.server.other_model = True
+    page.choose(*two)
+    assert [row["reason"] for row in page.rows()] == ["The server has another model now; load the page again."] * 2
+    assert [row["score"] for row in page.rows()] == ["", ""]
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------

@@ -460,6 +460,14 @@ def test_images_need_the_key_and_the_page_and_health_do_not(locked: FastAPI) -> 
 def test_an_empty_key_is_refused(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match=r"^The API key is empty and would let nobody in; give a long random one\.$"):
         serving.build(bundle, api_key=" ")
+    for key in ("two\tcolumns", "schlüssel"):
+        with pytest.raises(UsageError, match=r"^The API key holds a character that is no visible ASCII, "):
+            serving.build(bundle, api_key=key)
+
+
+def test_white_space_around_a_key_is_no_part_of_it(bundle: Bundle) -> None:
+    app = serving.build(bundle, threads=1, api_key=f" {KEY}\r\n")  # as a file written on Windows has it
+    assert served.ask(app, "GET", "/model", headers={"X-API-Key": KEY}).status_code == 200
 
 
 def test_a_page_of_another_site_may_not_send(app: FastAPI) -> None:

@@ -99,11 +99,15 @@ def bundle_of(text: str | None) -> Bundle:
     if isinstance(found, Bundle):
         return found
     run, model = found
-    folder = _files.cache_dir() / f"bundle-{_files.sha256_of_file(run.model_path(model))[:16]}"
+    folder = _files.cache_dir() / f"exported-{_files.sha256_of_file(run.model_path(model))[:16]}"
     if not is_bundle(folder):
-        words = [sys.executable, "-m", "pneumoscope", "export", str(run.folder), "--model", model, "-o", str(folder)]
-        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
-            raise PneumoscopeError(last[0].removeprefix("pneumoscope: "))
+        _files.build_folder(folder, lambda place: _export(run, model, place))
     return Bundle.open(folder)
+
+
+def _export(run: Run, model: str, folder: Path) -> None:
+    words = [sys.executable, "-m", "pneumoscope", "export", str(run.folder), "--model", model, "-o", str(folder)]
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
+        raise PneumoscopeError(last[0].removeprefix("pneumoscope: "))

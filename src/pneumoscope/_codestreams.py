@@ -28,6 +28,7 @@ _JPEG_2000 = b"\xff\x4f\xff\x51"  # the first two markers of a codestream, which
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 and JPEG-LS, without DHT, JPG and DAC
 _RESTARTS = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MOST_SCANS = 100  # progressive files have about ten; each decodes the whole picture once more
 _CHUNK_BYTES = 1 << 17  # looked at together: some MB of tables, whatever the stream's length
 _MARGIN_BYTES = 512  # no block of 64 coefficients is longer
 _ZIGZAG = np.array([  # figure A.6, as row * 8 + column
@@ -147,6 +148,23 @@ def decode_jpeg(data: bytes) -> npt.NDArray[np.uint16]:
     if frame.process == _LOSSLESS:
         return _decode_lossless(stream, frame)
     return _decode_blocks(stream, frame)
+
+
+def require_few_scans(data: bytes) -> None:
+    """Refuse a JPEG of so many scans that decoding it would take minutes, whatever its size; other data pass.
+
+    Parameters
+    ----------
+    data : bytes
+        A whole file or codestream.
+
+    Raises
+    ------
+    ImageError
+        Where a JPEG has over 100 scans.
+    """
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
+        raise ImageError("damaged", f"The JPEG has {scans:,} scans; at most {_MOST_SCANS} are decoded.")
 
 
 def decode_rle(data: bytes, *, size: int, n_segments: int) -> list[bytes]:

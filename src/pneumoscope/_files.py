@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
+import lzma
 import math
 import os
 import shutil
@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -28,6 +29,9 @@ SCHEMA_VERSION = 1
 MAX_ARCHIVE_ENTRIES = 200_000
 MAX_MEMBER_BYTES = 256 * 2**20
 """An image larger than this inside an archive is refused before it is unpacked."""
+
+BROKEN_ARCHIVE = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What a damaged archive raises where a member is read, beside what `read_member` does."""
 
 
 def cache_dir() -> Path:
@@ -287,9 +291,14 @@ def csv_cell(value: object) -> str:
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Write a CSV file atomically, every cell through `csv_cell`."""
     with replacing(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(list(header))
-        writer.writerows([csv_cell(cell) for cell in row] for row in rows)
+        plain, quoted = (
+            csv.writer(file, lineterminator="\n", quoting=quoting) for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        plain.writerow(list(header))
+        for row in rows:
+            cells = [csv_cell(cell) for cell in row]
+            returns = any("\r" in cell for cell in cells)  # a line's end to spreadsheets, and not to csv's writer
+            (quoted if returns else plain).writerow(cells)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -301,7 +310,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         Where the file is missing, is not UTF-8 text, or has a row with more cells than the header.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), restval=""))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a UTF-8 CSV file ({error}); save it as CSV UTF-8.") from error
     for number, row in enumerate(rows, start=1):

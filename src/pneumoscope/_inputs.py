@@ -8,8 +8,6 @@ nothing to disk, and fetches no address. Knows nothing of pixels, models or labe
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +92,7 @@ class Input:
             raise ImageError("too large", _FAULTS["too large"]) from error
         except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for encryption and rare methods
             raise ImageError("unsupported archive", "It is encrypted or packed in a way that is not read.") from error
-        except (LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (LookupError, *_files.BROKEN_ARCHIVE) as error:
             raise ImageError("unreadable", "The archive is damaged at this file.") from error
 
 

@@ -15,7 +15,6 @@ import shlex
 import stat
 import threading
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from typing import IO, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope import _files
+from pneumoscope import _files, _npy
 from pneumoscope.errors import DataError, ImageError
 from pneumoscope.specs import LABELS
 
@@ -213,7 +212,7 @@ class Reader:
             raise ImageError("missing", f"There is no {path!r} in {root}.") from error
         except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for encryption and rare methods
             raise ImageError("unsupported archive", f"{path!r} cannot be unpacked ({error}).") from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, DataError) as error:
+        except (OSError, ValueError, *_files.BROKEN_ARCHIVE, DataError) as error:
             raise ImageError("unreadable", f"{path!r} cannot be read ({error}).") from error
 
     def archive(self, path: Path) -> zipfile.ZipFile:
@@ -337,7 +336,7 @@ def _is_unnamed_dicom(name: str, opened: Callable[[], IO[bytes]]) -> bool:
     try:
         with opened() as file:
             return file.read(132)[128:] == b"DICM"
-    except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, RuntimeError, NotImplementedError, *_files.BROKEN_ARCHIVE):
         return False  # what it is will be asked again when it is read
 
 
@@ -367,9 +366,7 @@ def _load_array(path: Path, name: str) -> npt.NDArray[Any]:
                 raise DataError(f"{path} has no array {name}; train, val and test images and labels were expected.")
             held = archive.getinfo(member).file_size
             with archive.open(member) as file:
-                first = np.lib.format.read_magic(file) == (1, 0)
-                header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-                shape, _, dtype = header(file)
+                shape, _, dtype = _npy.read_array_header(file)
         claimed = dtype.itemsize * prod(shape)
         if dtype.kind not in "iu" or not 0 <= claimed <= min(held, MAX_ARRAY_BYTES):
             raise DataError(
@@ -379,7 +376,7 @@ def _load_array(path: Path, name: str) -> npt.NDArray[Any]:
         with np.load(path, allow_pickle=False) as arrays:
             loaded: npt.NDArray[Any] = arrays[name]
             return loaded
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, RuntimeError, *_files.BROKEN_ARCHIVE) as error:
         raise DataError(f"{path} cannot be read as an array file ({error}); get it again.") from error
 
 

@@ -459,6 +459,7 @@ def _stored(coded: bytes, layout: _Layout) -> npt.NDArray[Any]:
     if layout.decoder == "jpeg":
         found = _codestreams.decode_jpeg(coded)
         return found.astype(np.uint8) if layout.bits_allocated == 8 else found
+    _codestreams.require_few_scans(coded)
     array, space = _by_library(coded, layout)
     if layout.colour:
         return _luma(array, space)

@@ -6,6 +6,7 @@ by onnxruntime, and a network that scores otherwise is not written. Knows nothin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -318,7 +319,8 @@ class _Opened:
         except PneumoscopeError as error:  # a model can be used where its training images are not
             return None, f"Whether the image is like the training images is not known: {error}", 1.0
         kept = {"assessability": familiarity and familiarity.as_dict(), "reason": reason, "evidence_scale": scale}
-        _files.write_json(path, {"model_sha256": sha256, **kept})
+        with contextlib.suppress(PneumoscopeError):  # kept for speed; in a run of others it may not be written
+            _files.write_json(path, {"model_sha256": sha256, **kept})
         return familiarity, reason, scale
 
     def usual(self, network: Network, voice: Narration) -> tuple[Familiarity | None, str, float]:

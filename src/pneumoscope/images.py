@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pneumoscope import dicom
+from pneumoscope import _codestreams, _npy, dicom
 from pneumoscope.errors import ImageError
 
 DECODER_VERSION = 1
@@ -41,6 +41,16 @@ _DAMAGE = (
     zlib.error,
 )
 _NPY_MAGIC = b"\x93NUMPY"
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {  # by EXIF orientation, what brings the picture upright; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _FOREIGN = (  # what other files begin with, to name them instead of saying "unknown"
     (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"),
@@ -105,7 +115,8 @@ def read_header(data: bytes) -> Header:
         return Header("DICOM", film.width_px, film.height_px, 1, film.notes)
     with _opened(data) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientations that swap the sides
+        exif = Image.Image.getexif(image)  # that of PNG files decodes the picture to look behind it
+        if exif.get(_EXIF_ORIENTATION) in (5, 6, 7, 8):  # those that swap the sides
             width, height = height, width
         format = "PNG" if image.format == "PNG" else "JPEG"  # Pillow calls a JPEG of several pages MPO
         return Header(format, width, height, int(getattr(image, "n_frames", 1)))
@@ -143,7 +154,8 @@ def decode(data: bytes, *, at_least_px: int | None = None) -> npt.NDArray[np.uin
         if at_least_px is not None and image.format == "JPEG":
             image.draft("L", (at_least_px, at_least_px))
         image.load()
-        return np.asarray(_to_grey(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        return np.asarray(_to_grey(image if turn is None else image.transpose(turn)), dtype=np.uint8)
 
 
 def resize(pixels: npt.NDArray[np.uint8], size_px: int) -> npt.NDArray[np.uint8]:
@@ -223,6 +235,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open bytes with Pillow under our limits; every failure, also while in use, becomes an ImageError."""
     if not data:
         raise ImageError("empty file", "The file holds 0 bytes.")
+    _codestreams.require_few_scans(data)
     with dicom.quiet:  # about sizes, judged below, and EXIF data that nobody needs
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -273,9 +286,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
 def _read_npy(data: bytes) -> npt.NDArray[np.uint8]:
     stream = io.BytesIO(data)
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("NPY version 1.0 was expected")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, dtype = _npy.read_array_header(stream)
         _require_grey_array(shape, dtype)  # before numpy makes room for whatever the header claims
         pixels = np.frombuffer(stream.read(), dtype=np.uint8)
         return np.ascontiguousarray(pixels.reshape(shape[:2], order="F" if fortran else "C"))

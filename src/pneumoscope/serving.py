@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection
@@ -231,12 +232,19 @@ def build(
     Raises
     ------
     UsageError
-        For an empty API key.
+        For an API key that is empty, or holds more than visible ASCII and spaces.
     StoreError
         Where onnxruntime cannot load the bundle's network.
     """
-    if api_key is not None and not api_key.strip():
-        raise UsageError("The API key is empty and would let nobody in; give a long random one.")
+    if api_key is not None:
+        api_key = api_key.strip()  # a header carries no white space at its ends
+        if not api_key:
+            raise UsageError("The API key is empty and would let nobody in; give a long random one.")
+        if not re.fullmatch(r"[\x20-\x7e]+", api_key):
+            raise UsageError(
+                "The API key holds a character that is no visible ASCII, which a header may not carry as it is; give "
+                "a long random one of letters and digits."
+            )
     service = _Service(bundle, limits, threads)
     files = _page_files()
 

@@ -56,7 +56,7 @@ function askKey(used) {
     dialog.addEventListener("close", () => {
       asking = null;
       const value = at("key-value").value.trim();
-      if (dialog.returnValue !== "use" || !/^[\x21-\x7e]+$/.test(value)) return refused(new Refusal("The server asks for an API key."));
+      if (dialog.returnValue !== "use" || !/^[\x20-\x7e]+$/.test(value)) return refused(new Refusal("The server asks for an API key."));
       state.key = value;
       return done();
     }, { once: true });
@@ -170,6 +170,7 @@ function pump() {
 async function send(items, signal) {
   for (const item of items) settle(item, { status: "sending" });
   try {
+    await modelMet();
     const response = await call("predict", { body: formOf(items), signal });
     if (response.status === 413 && items.length > 1) { // too much together need not be too much alone
       for (const item of items) await send([item], signal);
@@ -178,6 +179,7 @@ async function send(items, signal) {
     if (!response.ok && response.status !== 422) throw new Refusal(await sentenceOf(response));
     const answer = await response.json();
     if (answer.results?.length !== items.length) throw new Refusal(typeof answer.detail === "string" ? answer.detail : "The server’s answer does not fit the question.");
+    if (answer.model?.sha256 !== state.model.sha256) throw new Refusal("The server has another model now; load the page again.");
     items.forEach((item, number) => {
       const { score, probability, assessable, reason } = answer.results[number];
       settle(item, { status: score === null ? "unreadable" : "done", score, probability, assessable, reason: reason ?? "" });
@@ -387,6 +389,7 @@ function ratesAt(threshold) {
 }
 
 function setThreshold(value) {
+  if (state.model === null) return; // it has no operating point to move
   state.threshold = value;
   if (Number(at("threshold").value) !== value) at("threshold").value = String(value);
   at("threshold").removeAttribute("aria-invalid");
@@ -738,6 +741,14 @@ function aboutModel(model) {
   }
 }
 
+let meeting = null;
+
+/** Wait until the model is known: without its operating point every call would be a guess. */
+function modelMet() {
+  if (state.model === null) meeting ??= meetModel().finally(() => { meeting = null; });
+  return meeting;
+}
+
 async function meetModel() {
   try {
     const response = await call("model");
@@ -756,7 +767,9 @@ async function meetModel() {
     at("about-open").disabled = false;
     offerPoints();
   } catch (error) {
-    at("model").textContent = `${error instanceof Refusal ? error.message : "The server’s answer could not be read."} Load the page again.`;
+    const sentence = error instanceof Refusal ? error.message : "The model’s description could not be read.";
+    at("model").textContent = `${sentence} It is asked again with the next image.`;
+    throw new Refusal(sentence);
   }
 }
 
@@ -897,4 +910,4 @@ listenToTools();
 listenToCanvas();
 listenToKeys();
 draw("Choose or drop images to begin.");
-meetModel();
+modelMet().catch(() => {}); // said where the model’s name would stand
