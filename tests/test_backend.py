@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pneumoscope import _backend
-from pneumoscope.errors import UsageError
+from pneumoscope.errors import RunError, UsageError
 
 OTHERS = ("jax", "torch")
 needs_backend = pytest.mark.parametrize(
@@ -101,6 +102,25 @@ def test_there_is_nothing_else_to_load() -> None:
         _backend.tensorflow  # noqa: B018
 
 
+def test_too_little_memory_is_one_sentence_and_other_errors_pass() -> None:
+    import tensorflow as tf
+
+    def fails(error: type[Exception] | None) -> None:
+        with _backend.memory_told(batch_size=256):
+            if error is None:
+                np.empty(1 << 60, np.uint8)
+            elif error is tf.errors.ResourceExhaustedError:
+                raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+            else:
+                raise error("RESOURCE_EXHAUSTED: Out of memory" if error is RuntimeError else "another")
+
+    for kind in (None, tf.errors.ResourceExhaustedError, RuntimeError):
+        with pytest.raises(RunError, match=r"not enough memory to train with batches of 256 images; choose a smaller"):
+            fails(kind)
+    with pytest.raises(ValueError, match=r"^another$"):
+        fails(ValueError)
+
+
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= _backend.available_cores() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_setaffinity"):
@@ -144,7 +164,7 @@ def test_another_number_of_threads_after_the_start_is_refused() -> None:
     done = python("""
 from pneumoscope import _backend
 from pneumoscope._backend import keras
-from pneumoscope.errors import UsageError
+from pneumoscope.errors import RunError, UsageError
 keras.ops.ones(3)  # starts with every core
 cores = _backend.available_cores()
 _backend.prepare()

@@ -354,6 +354,27 @@ def test_too_little_space_is_said_before_anything_is_written(
     assert not own_cache.exists()
 
 
+def test_what_an_unfinished_extraction_has_reserved_is_not_asked_for_twice(
+    extract: Extraction, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = extract.stored(*CUTS, rows=ROWS)
+    with pytest.raises(Killed):
+        extract(*CUTS, rows=ROWS, progress=killed_at(384, []))
+    usage = shutil.disk_usage(own_cache)._replace(free=1000)  # all there was lies in what is unfinished
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    extract(*CUTS, rows=ROWS)
+    assert content_of(own_cache) == alone
+
+
+def test_a_mark_without_its_array_counts_for_nothing(extract: Extraction, own_cache: Path) -> None:
+    with pytest.raises(Killed):
+        extract(*CUTS, rows=ROWS, progress=killed_at(384, []))
+    for folder in own_cache.glob(".features-*.partial"):
+        (folder / "features.npy").unlink()  # as where a deletion was interrupted
+    extract(*CUTS, rows=ROWS)
+    assert content_of(own_cache) == extract.stored(*CUTS, rows=ROWS)
+
+
 # --- A real kill ------------------------------------------------------------------------------------------------------
 
 _CHILD = """

@@ -583,6 +583,13 @@ def test_a_resumed_run_trains_only_what_is_left_and_ends_with_the_same_scores(
         assert scores == pytest.approx(alone[name], abs=1e-6), name
 
 
+def test_what_was_stopped_is_not_judged_beside_the_others(data: Path, stopped_copy: Path) -> None:
+    job = stages.Job(Run.open(stopped_copy), spec_of("models=cnn,tl"), data, Narration("silent"))
+    with pytest.raises(StoppedEarly, match=r"^tl was stopped before the end; run the same command with --resume\.$"):
+        job.perform("evaluate")  # as Slurm does, whatever became of the jobs before it
+    assert not (stopped_copy / "metrics.json").exists()
+
+
 def everything_in(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in sorted(files_under(folder))}
 
@@ -725,6 +732,26 @@ def test_other_images_are_measured_with_the_choices_of_the_run(
     assert (content["test_set"]["looks"], content["test_set"]["models"]) == (2, 1)
 
 
+def test_images_that_the_models_were_made_with_are_no_test_of_them(
+    calibrated_copy: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pipeline.evaluate_run(calibrated_copy, data=data, narration=Narration("plain"))  # all that it was made with
+    assert read_json(path)["models"]["cnn"]["test"]["n"] == 16  # its own test images
+    said = "44 of 60 images are left out: the run's models were trained, steered or calibrated with them."
+    assert said in "".join(capsys.readouterr())
+    with pytest.raises(DataError, match=r"^No image in .* can be used \(seen in training: 44\); "):
+        pipeline.evaluate_run(calibrated_copy, data=Path(shutil.copytree(data / "train", tmp_path / "again")))
+
+
+def test_a_set_without_a_readable_image_measures_nothing(calibrated_copy: Run, tmp_path: Path) -> None:
+    for label in ("NORMAL", "PNEUMONIA"):
+        (tmp_path / "broken" / label).mkdir(parents=True)
+        (tmp_path / "broken" / label / "a.jpeg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(DataError, match=r"^No image in .* can be used \(damaged: 2\); "):
+        pipeline.evaluate_run(calibrated_copy, data=tmp_path / "broken")
+    assert not (calibrated_copy.folder / "evaluations").exists()
+
+
 def test_a_fold_is_judged_by_what_it_held_out_and_looks_at_the_test_images_only_when_asked(
     data: Path, tmp_path: Path
 ) -> None:
@@ -737,6 +764,19 @@ def test_a_fold_is_judged_by_what_it_held_out_and_looks_at_the_test_images_only_
     content = read_json(pipeline.evaluate_run(run, data=data / "test"))
     assert content["models"]["cnn"]["test"]["n"] == 16
     assert content["test_set"]["looks"] == 1
+
+
+def test_an_image_that_proves_damaged_has_nothing_packed_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(tmp_path / "cache"))
+    given = shutil.copytree(data, tmp_path / "set")
+    first = next(iter(sorted((given / "train" / "NORMAL").iterdir())))
+    first.write_bytes(first.read_bytes()[:-200])
+    run = pipeline.run(spec_of("models=cnn", "image.size_px=32", "evaluation.bootstrap=0"), given, tmp_path / "run")
+    pipeline.evaluate_run(run)
+    assert len(list((tmp_path / "cache").glob("images-*"))) == 1
+    assert "truncated" in set(Catalog.read(run.catalog_path, root=given).table["status"])
 
 
 # --- evaluated again -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -378,6 +379,15 @@ def test_folds_hold_out_the_validation_images_that_the_data_bring_too(own_valida
     assert_each_is_held_out_once(parts, usable.loc[usable["split"] != "test", "path"])
     for part in parts:
         assert_no_group_is_cut(part)
+
+
+def test_folds_hold_out_the_calibration_images_that_the_data_bring_too(own_validation: Catalog) -> None:
+    table = own_validation.table.copy()
+    brought = table.index[table["split"] == "validation"]
+    table.loc[brought[::2], "split"] = "calibration"
+    catalog = replace(own_validation, table=table)
+    usable = catalog.rows()
+    assert_each_is_held_out_once(folds_of(catalog, 3, seed=1), usable.loc[usable["split"] != "test", "path"])
 
 
 def test_folds_share_the_test_split_that_is_held_out_before_them() -> None:

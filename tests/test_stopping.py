@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -66,8 +67,18 @@ def test_impatience_comes_back_after_patient_work_that_failed() -> None:
     with _stopping.on_signals():
         with pytest.raises(ZeroDivisionError), _stopping.patient():
             raise ZeroDivisionError
-        with pytest.raises(StoppedEarly):
+        with pytest.raises(_stopping.Wish):
             send(signal.SIGTERM)
+
+
+def test_no_handler_of_errors_takes_a_wish_for_one() -> None:
+    def work() -> None:
+        with contextlib.suppress(Exception):  # as around a picture of the report, without which a run is still one
+            send(signal.SIGTERM)
+        pytest.fail("the wish to stop was taken for an error, and the work went on")
+
+    with pytest.raises(StoppedEarly), _stopping.on_signals():
+        work()
 
 
 def twice(number: signal.Signals, done: list[str]) -> None:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from pneumoscope import _files, appearance, figures, phantom, survey
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import DataError, SpecError
+from pneumoscope.errors import DataError, SpecError, UsageError
 from pneumoscope.narration import Narration
+from pneumoscope.runs import Run
 from pneumoscope.specs import LABELS, Spec
 from pneumoscope.store import ImageStore
 
@@ -256,6 +257,16 @@ def with_near_duplicate(folder: Path) -> Path:
     chest.save(given / "train" / "NORMAL" / "IM-0200-0001.jpeg", quality=95)
     chest.save(given / "test" / "NORMAL" / "IM-0201-0001.jpeg", quality=80)
     return given
+
+
+def test_a_runs_list_of_images_and_audit_are_not_replaced(tiny_set: Path, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", resume=False)
+    run.update_manifest(status="finished")
+    for look in (survey.inspect, survey.audit_images):
+        with pytest.raises(UsageError, match=r"run is a run, whose list of images and audit belong to its models; "):
+            look(tiny_set, run.folder, spec=spec_of())
+    assert not run.catalog_path.exists()
+    assert not run.audit_path.exists()
 
 
 def test_what_an_audit_finds_is_said_and_kept(tmp_path: Path, voice: tuple[Narration, io.StringIO]) -> None:

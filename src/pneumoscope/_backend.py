@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pneumoscope.errors import UsageError
+from pneumoscope.errors import RunError, UsageError
 
 BACKENDS: tuple[str, ...] = ("tensorflow", "jax", "torch")
 
+_OUT_OF_MEMORY = {"MemoryError", "ResourceExhaustedError", "OutOfMemoryError"}  # Python's, TensorFlow's, torch's
 _ADDRESS = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 _PROCESS_VARIABLES = (
     ("KERAS_DISTRIBUTION_PROCESS_ID", "KERAS_DISTRIBUTION_NUM_PROCESSES"),
@@ -314,6 +315,32 @@ def __getattr__(attribute: str) -> Any:
     os.environ["KERAS_BACKEND"] = chosen()
     with _quiet():
         return importlib.import_module("keras")
+
+
+@contextmanager
+def memory_told(*, batch_size: int) -> Iterator[None]:
+    """Turn each library's own error for too little memory into a sentence, so that one approach ends and not the run.
+
+    Parameters
+    ----------
+    batch_size : int
+        Of the training inside.
+
+    Raises
+    ------
+    RunError
+        Where the memory of the machine or of its accelerator is not enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & _OUT_OF_MEMORY and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(
+            f"There is not enough memory to train with batches of {batch_size} images; choose a smaller "
+            "train.batch_size or image.size_px in a new folder, or a machine with more memory."
+        ) from error
 
 
 @contextmanager

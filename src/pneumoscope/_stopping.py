@@ -19,6 +19,10 @@ _patient = 0
 _put_off = False  # a wish that came while work was patient
 
 
+class Wish(KeyboardInterrupt):
+    """What a signal raises where the program stands; no handler of errors takes it for one, as Ctrl-C elsewhere."""
+
+
 @contextmanager
 def patient() -> Iterator[None]:
     """Say that the work inside asks by itself whether to stop, and keeps its state first.
@@ -42,8 +46,8 @@ def patient() -> Iterator[None]:
 def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
     """Turn SIGTERM, Ctrl-C and further signals into a wish to stop.
 
-    Outside `patient`, the wish raises `StoppedEarly` where the program stands; within, whoever asks is told. A second
-    Ctrl-C interrupts at once.
+    Outside `patient`, the wish ends what is done where the program stands, by a `Wish`; within, whoever asks is told. A
+    second Ctrl-C interrupts at once.
 
     Parameters
     ----------
@@ -58,6 +62,8 @@ def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
 
     Raises
     ------
+    StoppedEarly
+        Where the block was ended by a wish.
     UsageError
         Where a name is that of a signal that cannot be caught.
     """
@@ -71,7 +77,7 @@ def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         wished = True
         if not _patient:
-            raise StoppedEarly(_SENTENCE)
+            raise Wish(_SENTENCE)
         _put_off = True
 
     before: dict[signal.Signals, Any] = {}
@@ -85,6 +91,8 @@ def on_signals(*names: str) -> Iterator[Callable[[], bool]]:
             except OSError as error:
                 raise UsageError(f"SIG{name} cannot be caught; name another signal, such as USR2.") from error
         yield lambda: wished
+    except Wish as error:
+        raise StoppedEarly(_SENTENCE) from error
     finally:
         _put_off = False
         for number, handler in before.items():

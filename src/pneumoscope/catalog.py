@@ -191,7 +191,7 @@ class Catalog:
             _assign(table, held, "test")
             notes.append(f"The data have no test split; {len(held):,} images were held out for test, by group.")
         if spec.folds:
-            table.loc[table["split"] == "validation", "split"] = "train"  # every image is held out once
+            table.loc[table["split"] != "test", "split"] = "train"  # every image is held out once
             _assign(table, _fold(table, spec.fold, folds=spec.folds, seed=[seed, 3]), "validation")
         elif own := int((table["split"] == "validation").sum()):
             notes.append(f"The data bring {own:,} validation images of their own; they were kept as they are.")
@@ -259,6 +259,19 @@ class Catalog:
         """Return the rows that are not usable, in the table's order, numbered anew from 0."""
         return self.table[self.table["status"] != "ok"].reset_index(drop=True)
 
+    def require_usable(self) -> None:
+        """Refuse a set without a usable image.
+
+        Raises
+        ------
+        DataError
+            Where there is none.
+        """
+        if self.rows().empty:
+            reasons = self.table["status"].value_counts()
+            why = ", ".join(f"{reason}: {n:,}" for reason, n in reasons.items()) or "the list is empty"
+            raise DataError(f"No image in {self.root} can be used ({why}); JPEG, PNG and DICOM images are expected.")
+
     def require_learnable(self) -> None:
         """Refuse a set that no model can learn from.
 
@@ -267,11 +280,8 @@ class Catalog:
         DataError
             Where no image is usable, or train (or validation, once there is one) lacks a class.
         """
+        self.require_usable()
         counts = self.counts()
-        if counts.empty:
-            reasons = self.table["status"].value_counts()
-            why = ", ".join(f"{reason}: {n:,}" for reason, n in reasons.items()) or "the list is empty"
-            raise DataError(f"No image in {self.root} can be used ({why}); JPEG, PNG and DICOM images are expected.")
         needed = ["train", "validation"] if (self.table["split"] == "validation").any() else ["train"]
         for split in needed:
             found = counts.to_dict("index").get(split, {})

@@ -110,6 +110,7 @@ def extract(
     if size:
         copies = 1 if parts == 1 else 2  # parts stand beside the whole until it is put together
         needed = copies * int(size) * np.dtype(spec.features.dtype).itemsize
+        needed -= sum(_reserved(target) for one in missing for target in one.values())
         _files.require_space(root, needed, what="Storing the features")
     total, before = sum(map(len, rows_of)), 0
     for view, chosen in enumerate(rows_of):
@@ -312,6 +313,16 @@ def _narrowed(output: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any
     return stored
 
 
+def _partial_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _reserved(target: Path) -> int:
+    """Return how much of the disk an earlier, unfinished extraction holds already, in bytes."""
+    path = _partial_of(target) / "features.npy"
+    return path.stat().st_size if path.exists() else 0
+
+
 class _Partial:
     """An unfinished store beside its final place: an array of the final size and a mark of how far it is valid.
 
@@ -319,12 +330,13 @@ class _Partial:
     """
 
     def __init__(self, target: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._target, self._folder = target, target.with_name(f".{target.name}.partial")
+        self._target, self._folder = target, _partial_of(target)
         self._mark = self._folder / "done.json"
         path = self._folder / "features.npy"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
+                self._mark.unlink(missing_ok=True)  # of an array that is gone, as where a deletion was interrupted
                 fresh = self._folder / f".{os.getpid()}.npy"
                 new_array(fresh, shape=shape, dtype=dtype).flush()
                 with contextlib.suppress(FileExistsError):  # never replace an array another process already writes to
@@ -341,7 +353,8 @@ class _Partial:
     def mark(self, done: int) -> None:
         """Say that the first rows are valid, once they are on the disk."""
         self.array.flush()
-        _files.write_json(self._mark, {"done": done})
+        if (self._folder / "features.npy").exists():  # else another process was quicker, and took it away
+            _files.write_json(self._mark, {"done": done})
 
     def finish(self) -> None:
         """Give the store its final name."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pneumoscope import _backend, _files, _stopping, appearance, card, jobs, repeats, report, survey, tracking
+from pneumoscope.catalog import Catalog
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, UsageError
 from pneumoscope.evaluation import Examiner
 from pneumoscope.narration import Narration, seconds_text
@@ -141,7 +142,8 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     target : Run
         Finished.
     data : Path, optional
-        Other labelled images, all of which are scored; the run's own validation and test images where not given.
+        Other labelled images, all of which are scored but those that the run's models were made with; the run's own
+        validation and test images where not given.
     narration : Narration, optional
         Who speaks; silent where not given.
 
@@ -175,7 +177,7 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
         _show(target, voice)
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
-    catalog = replace(catalog, table=catalog.table.assign(split="test"))
+    catalog = _unseen(catalog, target, voice)
     other = Run(target.folder / "evaluations" / f"{data.resolve().stem}-{catalog.content_hash[:8]}")
     try:
         reference = own_images(target, spec, voice)
@@ -188,6 +190,21 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
         models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
     )
     return other.metrics_path
+
+
+def _unseen(catalog: Catalog, target: Run, voice: Narration) -> Catalog:
+    """Make test images of a set, without what the run's models have seen: there they look better than they are."""
+    own = Catalog.read(target.catalog_path, root=catalog.root).rows()
+    usable, used = catalog.rows()["image_id"], own.loc[own["split"] != "test", "image_id"]
+    seen = usable[usable.isin(used)]
+    if len(seen):
+        voice.warn(
+            f"{len(seen):,} of {len(usable):,} images are left out: the run's models were trained, steered or "
+            "calibrated with them."
+        )
+    found = catalog.quarantine(dict.fromkeys(seen, "seen in training"))
+    found.require_usable()
+    return replace(found, table=found.table.assign(split="test"))
 
 
 # --- one run, and its repeats ----------------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ class Job:
             note=note,
             spec_hash=self.spec.hash,
             data_hash=catalog.content_hash,
+            store_key=store.key,
             machine=_machine(),
         )
         self._mirrors.begin()
@@ -294,6 +295,7 @@ class Job:
             self.voice.stage(f"Training {name} ({title})"),
             self.voice.bar(name, unit="steps") as bar,
             _stopping.patient(),
+            _backend.memory_told(batch_size=spec.train.batch_size),
         ):
             model = models.build(name, spec)
             progress = _Epochs(bar, spec.train)
@@ -407,6 +409,7 @@ class Job:
     def _evaluate(self) -> None:
         """Measure what was trained; where an approach is missing, say why once the others are measured."""
         missing = [name for name in self.spec.models if not self.run.model_path(name).exists()]
+        self._require_none_stopped(missing)
         if len(missing) < len(self.spec.models):
             seen = self._seen
             if seen.measured is None:
@@ -417,6 +420,16 @@ class Job:
             self._note(speeds=speeds, machine=_machine())
         if missing:
             raise RunError(self._why_missing(missing))
+
+    def _require_none_stopped(self, missing: Sequence[str]) -> None:
+        """Leave the test images alone while an approach is only half trained, as where Slurm's time was over."""
+        records = self.run.read_stages()
+        halted = [name for name in missing if records.get(f"train-{name}", {}).get("status") == "stopped"]
+        if halted:
+            were = "was" if len(halted) == 1 else "were"
+            raise StoppedEarly(
+                f"{', '.join(halted)} {were} stopped before the end; run the same command with --resume."
+            )
 
     def _why_missing(self, missing: Sequence[str]) -> str:
         records = self.run.read_stages()
@@ -457,9 +470,12 @@ def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, Imag
     PneumoscopeError
         Where they are gone or cannot be read.
     """
-    own = Path(target.read_manifest()["data"])
+    manifest = target.read_manifest()
+    own = Path(manifest["data"])
     catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
-    store = survey.pack(catalog, spec, voice)
+    # an image that proved damaged is in the key of what was packed, and in this list no more
+    packed = ImageStore.folder_of(manifest.get("store_key", ""))
+    store = ImageStore.open(packed) if packed.exists() else survey.pack(catalog, spec, voice)
     return catalog.quarantine(store.rejected), store
 
 

@@ -102,7 +102,7 @@ class ImageStore:
         if jpeg_quality:
             content["jpeg_quality"] = jpeg_quality
         key = _files.hash_of(content)[:16]
-        folder = (cache or _files.cache_dir()) / f"images-{key}"
+        folder = cls.folder_of(key, cache=cache)
         if folder.exists() and not (folder / "manifest.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # a deletion was interrupted: packing never leaves this
         if not folder.exists():
@@ -115,6 +115,24 @@ class ImageStore:
 
             _files.build_folder(folder, fill)
         return cls.open(folder)
+
+    @staticmethod
+    def folder_of(key: str, *, cache: Path | None = None) -> Path:
+        """Return where the store of a key is kept.
+
+        Parameters
+        ----------
+        key : str
+            Of a store.
+        cache : Path, optional
+            Folder for stores; the user's cache where not given.
+
+        Returns
+        -------
+        Path
+            Whether it is there or not.
+        """
+        return (cache or _files.cache_dir()) / f"images-{key}"
 
     @classmethod
     def open(cls, folder: Path) -> Self:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pneumoscope import _files, audit, figures, phantom
 from pneumoscope.audit import Audit
 from pneumoscope.catalog import Catalog
+from pneumoscope.errors import UsageError
 from pneumoscope.narration import Narration
 from pneumoscope.runs import Run
 from pneumoscope.specs import LABELS, PRETRAINED, Spec
@@ -45,11 +46,11 @@ def inspect(data: Path, folder: Path, *, spec: Spec, narration: Narration | None
     Raises
     ------
     PneumoscopeError
-        Where the images cannot be used or the folder cannot be written.
+        Where the images cannot be used, or the folder is a run's or cannot be written.
     """
-    voice = narration or Narration("silent")
+    voice, paths = narration or Narration("silent"), Run(folder)
+    _require_no_run(paths)
     catalog, store = read_images(spec, data, voice)
-    paths = Run(folder)
     catalog.write(paths.catalog_path)
     draw_data(catalog, store, paths, note=note_of(spec, data, catalog=catalog, models_used=()), seed=spec.seed)
     voice.say(f"Pictures are in {folder / 'figures'}, the list of images in {paths.catalog_path}.")
@@ -78,12 +79,23 @@ def audit_images(data: Path, folder: Path | None, *, spec: Spec, narration: Narr
     Raises
     ------
     PneumoscopeError
-        Where the images cannot be read or the folder cannot be written.
+        Where the images cannot be read, or the folder is a run's or cannot be written.
     """
-    voice = narration or Narration("silent")
+    voice, target = narration or Narration("silent"), None if folder is None else Run(folder)
+    if target is not None:
+        _require_no_run(target)
     catalog, store = read_images(spec, data, voice, learnable=False)
     note = note_of(spec, data, catalog=catalog, models_used=())
-    return examine(catalog, store, spec, voice, target=None if folder is None else Run(folder), note=note)
+    return examine(catalog, store, spec, voice, target=target, note=note)
+
+
+def _require_no_run(target: Run) -> None:
+    """Refuse to put another list of images, or another audit, in the place of those that models were made with."""
+    if target.manifest_path.exists():
+        raise UsageError(
+            f"{target.folder} is a run, whose list of images and audit belong to its models; choose another folder "
+            "with -o."
+        )
 
 
 def examine(
