@@ -551,6 +551,9 @@ def test_a_configuration_that_is_wrong_is_explained(data: Path, tmp_path: Path, 
         return refused("run", data, "-o", tmp_path / "out", "--config", config, status=2)
 
     assert sentence() == f"There is no configuration file {config}; check the path."
+    both = refused("run", data, "-o", tmp_path / "out", "--preset", "best", "--config", config, status=2)
+    assert both.startswith("--preset best and --config ")
+    assert both.endswith('leave --preset out and write preset = "best" at the top of the file.')
     config.write_text("train = = 3", encoding="utf-8")
     assert re.fullmatch(
         rf"{re.escape(str(config))} is not a TOML file \(.+\); mend it or leave --config away\.", sentence()

@@ -20,6 +20,7 @@ import pytest
 from rich.cells import cell_len
 
 from pneumoscope import narration, pipeline, survey
+from pneumoscope._stopping import Wish
 from pneumoscope.errors import DataError, StoppedEarly
 from pneumoscope.narration import EVENTS, Mode, Narration, seconds_text
 from pneumoscope.specs import Spec
@@ -527,6 +528,11 @@ def test_off_a_terminal_the_mode_is_plain(capsys: pytest.CaptureFixture[str]) ->
         ),
         (
             StoppedEarly("Stopped; use --resume."),
+            "Stopped: Stopped; use --resume.",
+            {"text": "Stopped; use --resume.", "kind": "StoppedEarly", "exit_status": 75},
+        ),
+        (
+            Wish("Stopped; use --resume."),  # a signal, before the command has made of it what it ends with
             "Stopped: Stopped; use --resume.",
             {"text": "Stopped; use --resume.", "kind": "StoppedEarly", "exit_status": 75},
         ),

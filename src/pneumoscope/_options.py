@@ -53,8 +53,13 @@ def spec_of(preset: str, config: Path | None, settings: list[str] | None, models
     Raises
     ------
     UsageError
-        Where there is no such approach.
+        Where there is no such approach, or two places say where the settings begin.
     """
+    if config is not None and preset != "default":
+        raise UsageError(
+            f"--preset {preset} and --config {config} both say where the settings begin; leave --preset out and write "
+            f'preset = "{preset}" at the top of the file.'
+        )
     spec = Spec.from_toml(config) if config is not None else Spec.preset_named(preset)
     if models is not None:
         names = [name.strip() for name in models.split(",") if name.strip()]

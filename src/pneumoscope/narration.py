@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pneumoscope import _files
+from pneumoscope._stopping import Wish
 from pneumoscope.errors import PneumoscopeError, StoppedEarly
 
 Mode = Literal["terminal", "plain", "json", "silent"]
@@ -164,6 +165,8 @@ class Narration:
         error : BaseException
             Of any kind.
         """
+        if isinstance(error, Wish):
+            error = StoppedEarly(str(error))  # what it becomes for whoever catches it
         meant = isinstance(error, PneumoscopeError)
         text = str(error) if meant else f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
         self._write_log(visible(f"{'Stopped' if _is_stop(error) else 'Failed'}: {text}"))
