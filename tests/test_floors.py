@@ -17,8 +17,8 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__in
 
 # From the ground up; on one floor, a module may import those to its left.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_files", "_locks", "_stopping", "_backend", "_onnxruntime", "_npy"),
-    ("_codestreams", "_greys", "dicom", "images", "surroundings", "specs", "predictions", "schedules",
+    ("errors", "_files", "_locks", "_stopping", "_backend", "_onnxruntime"),
+    ("_npy", "_codestreams", "_greys", "dicom", "images", "surroundings", "specs", "predictions", "schedules",
      "_torch_weights"),
     ("_sources", "_inputs", "catalog", "phantom", "intervals", "counts", "curves", "calibration", "metrics",
      "conformal", "comparison", "familiarity", "shift", "robustness", "augmentation", "backbones", "models",
