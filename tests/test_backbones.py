@@ -24,7 +24,7 @@ import pytest
 from keras.src.legacy.saving import legacy_h5_format
 
 from pneumoscope import _torch_weights, backbones
-from pneumoscope.errors import SpecError, StoreError, WeightsError
+from pneumoscope.errors import RunError, SpecError, StoreError, WeightsError
 from pneumoscope.specs import BackboneSpec
 
 # NumPy warns of TensorFlow's way of handing over arrays whenever Keras saves a model (TensorFlow 2.21, NumPy 2).
@@ -501,6 +501,27 @@ def test_wrong_file_is_deleted(wrong: bytes, server: Server, own_cache: Path) ->
     ):
         backbones.fetch_weights("mobilenetv2", url=server.url)
     assert list((own_cache / "weights").iterdir()) == []
+
+
+def test_a_page_in_place_of_the_file_is_not_kept(server: Server, own_cache: Path) -> None:
+    server.payload = b"<html>please log in</html>"
+    with pytest.raises(
+        WeightsError, match=r"\(the answer has 26 bytes, 3,000,000 were expected\); run the same command on"
+    ):
+        backbones.fetch_weights("mobilenetv2", url=server.url)
+    assert list((own_cache / "weights").iterdir()) == []
+
+
+def test_two_downloads_of_one_file_do_not_meet(server: Server, own_cache: Path) -> None:
+    def second(done: int, _: int) -> None:
+        if not refused:
+            with pytest.raises(RunError, match="The download of mobilenetv2 is in use by process"):
+                backbones.fetch_weights("mobilenetv2", url=server.url)
+            refused.append(done)
+
+    refused: list[int] = []
+    assert backbones.fetch_weights("mobilenetv2", url=server.url, progress=second).read_bytes() == PAYLOAD
+    assert refused
 
 
 def test_part_that_the_server_cannot_go_on_from_is_dropped(server: Server, own_cache: Path) -> None:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pneumoscope import _files, batch, jobs, pipeline
+from pneumoscope import _files, batch, doctor, jobs, pipeline
 from pneumoscope.errors import PneumoscopeError, RunError, UsageError
+from pneumoscope.jobs import Submitted
 from pneumoscope.narration import Narration
 from pneumoscope.runs import Run
 from pneumoscope.specs import Spec
+from pneumoscope.tasks import Task
 
 pytest_plugins = "slurm_local"
 
@@ -98,6 +100,28 @@ def test_folds_and_seeds_wait_for_the_packed_images_and_are_put_together_at_the_
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_where_only_the_sum_of_folds_and_seeds_is_missing_it_alone_is_submitted(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in pipeline.parts_of(SPEC, tmp_path / "run", folds=2, seeds=1):
+        run = Run.create(part.run.folder, resume=False)
+        _files.write_text(run.spec_path, part.spec.to_toml())
+        run.update_manifest(status="finished")
+    asked: list[Task] = []
+
+    def submit(tasks: Sequence[Task], **_: object) -> list[Submitted]:
+        asked.extend(tasks)
+        return []
+
+    monkeypatch.setattr(doctor, "require", lambda *_, **__: None)  # there need be no Slurm
+    monkeypatch.setattr(jobs, "submit", submit)
+    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
+    assert [(task.name, task.after) for task in asked] == [("repeats", ())]
+    _files.write_json(Run(tmp_path / "run").repeats_path, {})
+    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
+    assert len(asked) == 1
 
 
 def test_without_slurm_nothing_is_begun(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1022,6 +1022,12 @@ def test_cache_clean_all_deletes_weights_too_and_nothing_that_is_not_ours(filled
     assert {path.name for path in filled_cache.iterdir()} == NOT_OURS
 
 
+def test_models_exported_to_be_served_are_cleaned_away(own_cache: Path, call: Call) -> None:
+    for name in ("exported-0123456789abcdef", ".exported-0123456789abcdef.x1_y2z.partial"):
+        (own_cache / name).mkdir(parents=True)
+    assert call("cache", "--clean").stdout.splitlines()[-1] == "Deleted 2 entries, 0 B."
+
+
 def test_an_empty_cache_is_no_error(call: Call, own_cache: Path) -> None:
     assert call("cache", "--clean").stdout.splitlines()[-1] == "Deleted 0 entries, 0 B."
     assert not own_cache.exists()
@@ -1074,6 +1080,19 @@ def test_demo_never_removes_a_run_of_the_users(
     text = refused("demo", "-o", finished_copy, status=1)
     assert text.startswith(f"{finished_copy} already holds a run (finished); ")
     assert files_under(finished_copy) == before
+
+
+def test_demo_leaves_a_demo_alone_that_is_being_made(
+    finished_copy: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    tiny = phantom.write_dataset
+    monkeypatch.setattr(phantom, "write_dataset", lambda folder: tiny(folder, n_train=8, n_test=4, size_px=32))
+    run = Run(finished_copy)
+    run.update_manifest(data=str(own_cache / "demo-images"))
+    with run.lock():
+        before = files_under(finished_copy)
+        assert "is in use by process" in refused("demo", "-o", finished_copy, status=1)
+        assert files_under(finished_copy) == before
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

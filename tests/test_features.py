@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
-from pneumoscope import augmentation, backbones, features, models, training
+from pneumoscope import augmentation, backbones, features, models, store, training
 from pneumoscope._backend import keras
 from pneumoscope.catalog import Catalog
 from pneumoscope.errors import StoreError
@@ -420,6 +420,20 @@ def test_an_extraction_killed_by_the_system_is_resumed(packed: Packed, tmp_path:
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "alone")
 
 
+def test_a_cache_that_is_cleaned_during_an_extraction_leaves_no_store_without_its_array(
+    extract: Extraction, own_cache: Path
+) -> None:
+    def cleaned(done: int, total: int) -> None:
+        if done == 384:
+            for folder in own_cache.glob(".features-*"):
+                shutil.rmtree(folder)
+
+    with pytest.raises(StoreError, match="was deleted while features were written to it; run the same again"):
+        extract(rows=ROWS, progress=cleaned)
+    extract(rows=ROWS)
+    assert content_of(own_cache) == extract.stored(rows=ROWS)
+
+
 # --- In parts, by several processes -----------------------------------------------------------------------------------
 
 
@@ -444,6 +458,28 @@ def test_parts_that_other_processes_stored_are_put_together_and_not_computed_aga
     assert [view.shape for view in views] == [(150, 3), (80, 3), (80, 3)]
     assert all((view == 7).all() for view in views)
     assert len(content_of(own_cache)) == 3, "the parts are gone once they are put together"
+
+
+def test_parts_that_another_job_put_together_and_deleted_meanwhile_are_not_missed(
+    extract: Extraction, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        extract(rows=ROWS[:150], part=(index, 3))
+    kept = store.open_array
+    opened: list[Path] = []
+
+    def late(path: Path) -> Any:
+        opened.append(path)
+        if len(opened) == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(features, "open_array", kept)
+                extract(rows=ROWS[:150], parts=3)  # the other job, from beginning to end
+        return kept(path)
+
+    monkeypatch.setattr(features, "open_array", late)
+    extract(rows=ROWS[:150], parts=3)
+    assert len(opened) > 1
+    assert content_of(own_cache) == extract.stored(rows=ROWS[:150])
 
 
 def test_a_part_that_is_missing_is_computed(extract: Extraction) -> None:

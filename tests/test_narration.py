@@ -21,7 +21,7 @@ from rich.cells import cell_len
 
 from pneumoscope import narration, pipeline, survey
 from pneumoscope._stopping import Wish
-from pneumoscope.errors import DataError, StoppedEarly
+from pneumoscope.errors import DataError, RunError, StoppedEarly
 from pneumoscope.narration import EVENTS, Mode, Narration, seconds_text
 from pneumoscope.specs import Spec
 
@@ -513,6 +513,24 @@ def test_off_a_terminal_the_mode_is_plain(capsys: pytest.CaptureFixture[str]) ->
     assert voice.mode == "plain"
     voice.say("to standard output")
     assert capsys.readouterr() == ("to standard output\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_log_that_cannot_be_written_hinders_nothing_and_is_said() -> None:
+    stream = io.StringIO()
+    voice = Narration("plain", stream=stream)
+    voice.log_to(Path("/dev/full"))
+    with pytest.raises(DataError, match=r"^its own$"), voice.stage("Training"):
+        raise DataError("its own")
+    voice.end(DataError("its own"))
+    voice.close()
+    assert stream.getvalue().count("Warning: The log is not written any more (No space left on device).") == 1
+
+
+def test_a_log_in_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"^Cannot write .*run\.log: Not a directory; "):
+        Narration("silent").log_to(tmp_path / "file" / "run.log")
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -628,6 +628,24 @@ def test_going_on_with_other_images_is_refused_and_keeps_what_was_done(
     assert manifest["error"] == str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"machine": {"backend": "jax"}},
+            "was begun with the backend jax, and this is tensorflow; set KERAS_BACKEND=jax",
+        ),
+        ({"weights_hash": "0" * 64}, "was begun with other pretrained weights than imagenet holds now; put the same"),
+    ],
+)
+def test_going_on_with_another_library_or_other_weights_is_refused(
+    data: Path, stopped_copy: Path, change: dict[str, Any], sentence: str
+) -> None:
+    Run.open(stopped_copy).update_manifest(**change)
+    with pytest.raises(RunError, match=re.escape(sentence)):
+        pipeline.run(spec_of("models=cnn,tl"), data, stopped_copy, resume=True)
+
+
 def test_a_failed_run_says_why_and_starts_again_once_that_is_mended(tmp_path: Path, data: Path) -> None:
     given, folder = tmp_path / "images", tmp_path / "run"
     given.mkdir()
@@ -722,6 +740,7 @@ def test_other_images_are_measured_with_the_choices_of_the_run(
     assert list(content["models"]["cnn"]) == ["test"]
     again, first = content["models"]["cnn"]["test"], calibrated.figures("cnn", "test")
     assert scorecard.Choice.of_dict(again) == scorecard.Choice.of_dict(first)
+    assert "Test on external data: 1 set(s)" in run.card_path.read_text(encoding="utf-8")
     for key in ("n", "accuracy", "false_negatives", "false_positives", "operating_points", "subgroups"):
         assert again[key] == first[key]
     assert again["loss"] == pytest.approx(first["loss"])

@@ -161,6 +161,11 @@ def test_seeds_are_summed_up_with_their_spread(tmp_path: Path) -> None:
     ]
 
 
+def test_models_that_are_equal_are_each_counted_as_best(tmp_path: Path) -> None:
+    runs = [seed_run(tmp_path, seed, {"tl": (1.0, 1.0, 1.0), "ft": (1.0, 1.0, 1.0)}) for seed in (1, 2)]
+    assert repeats.over_seeds(runs)["best"] == {"tl": 2, "ft": 2}
+
+
 def test_figures_that_are_undefined_stay_so(tmp_path: Path) -> None:
     runs = [seed_run(tmp_path, seed, {"tl": (None, 1.0, 1.0)}) for seed in (1, 2)]
     content = repeats.over_seeds(runs)

@@ -353,6 +353,36 @@ def test_the_kept_epoch_is_the_last_that_gained_more_than_min_delta(run: Run) ->
     assert _report_measures.best_epoch(read(run), "cnn") is None
 
 
+def test_the_kept_epoch_of_a_rate_that_falls_to_0_is_the_last_and_what_was_noted_counts_first(run: Run) -> None:
+    spec = run.spec_path.read_text(encoding="utf-8")
+    run.spec_path.write_text(spec.replace('schedule = "plateau"', 'schedule = "cosine"'), encoding="utf-8")
+    assert _report_measures.best_epoch(read(run), "cnn") == 3  # 0.6, 0.4, 0.45
+    run.update_stage("train-cnn", best_epoch=1)
+    assert _report_measures.best_epoch(read(run), "cnn") == 1
+
+
+def test_a_fold_is_shown_by_what_chose_no_threshold(run: Run) -> None:
+    content = json.loads(run.metrics_path.read_text(encoding="utf-8"))
+    for parts in content["models"].values():
+        parts["calibration"] = parts.pop("test")  # as where the test images were left alone
+    run.metrics_path.write_text(json.dumps(content), encoding="utf-8")
+    material = read(run)
+    assert material.splits[-1] == "calibration"
+    assert _report_head.head(material).split == "validation"
+
+
+def test_models_that_are_equal_on_validation_are_named(run: Run) -> None:
+    content = json.loads(run.metrics_path.read_text(encoding="utf-8"))
+    for parts in content["models"].values():
+        parts["validation"]["auc"] = 1.0
+    run.metrics_path.write_text(json.dumps(content), encoding="utf-8")
+    first, *others = content["models"]
+    name, why = _report_head.chosen(read(run))
+    assert name == first
+    assert why.startswith("Chosen for the highest AUC on validation images (1.000, which ")
+    assert all(other in why for other in others)
+
+
 def test_the_area_under_the_precision_recall_curve_is_the_average_precision(run: Run) -> None:
     material = read(run)
     for model in material.models:

@@ -5,6 +5,7 @@ Owns how bytes reach and leave the disk. Knows nothing of images, models or runs
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -212,10 +213,12 @@ def free_memory() -> int:
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a folder."""
-    if not path.is_dir():
-        return path.lstat().st_size
-    return sum(entry.lstat().st_size for entry in path.rglob("*") if not entry.is_dir())
+    """Return the bytes of a file, or of all files below a folder; what vanishes meanwhile counts for nothing."""
+    total = 0
+    for entry in path.rglob("*") if path.is_dir() else (path,):
+        with contextlib.suppress(FileNotFoundError):
+            total += 0 if entry.is_dir() else entry.lstat().st_size
+    return total
 
 
 def size_text(n_bytes: float) -> str:

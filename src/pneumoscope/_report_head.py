@@ -116,7 +116,7 @@ def head(material: Material) -> Head:
     Head
     """
     model, why = chosen(material)
-    split = "test" if material.of(model, "test") else material.splits[-1]
+    split = "test" if material.of(model, "test") else material.shown_split
     return Head(
         model=plain(title_of(model)),
         split=split,
@@ -150,8 +150,11 @@ def chosen(material: Material) -> tuple[str, str]:
     if not known:
         return models[0], f"The first of {len(models)}: no {CHOICE} AUC is defined, so none was chosen."
     best = max(known, key=known.__getitem__)
+    equal = [plain(name) for name, auc in known.items() if auc == known[best] and name != best]
+    also = f", which {joined(equal)} {'has' if len(equal) == 1 else 'have'} too" if equal else ""
     return best, (
-        f"Chosen for the highest AUC on {CHOICE} images ({known[best]:.3f}); test images had no part in the choice."
+        f"Chosen for the highest AUC on {CHOICE} images ({known[best]:.3f}{also}); "
+        "test images had no part in the choice."
     )
 
 
@@ -326,7 +329,7 @@ def _not_beaten(model: str, others: Sequence[str]) -> str:
 
 
 def _against_shortcuts(material: Material) -> list[str]:
-    split = "test" if "test" in material.splits else material.splits[-1]
+    split = material.shown_split
     if not material.shortcuts:
         return ["No baseline that sees no lung stands beside the models."]
     if not any(_verdict(material, split, model, other) for model in material.models for other in material.shortcuts):

@@ -107,6 +107,11 @@ class Material:
         """The splits that a model was scored on, in their order."""
         return [split for split in SPLITS if any(mapping(parts.get(split)) for parts in self.models.values())]
 
+    @property
+    def shown_split(self) -> str:
+        """What figures are shown of first: test, else validation; calibration chose the thresholds, which flatters."""
+        return next((split for split in ("test", "validation") if split in self.splits), self.splits[-1])
+
     @cached_property
     def wanted(self) -> list[str]:
         """The approaches that the Spec asks for."""

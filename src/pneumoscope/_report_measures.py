@@ -7,6 +7,7 @@ was not measured. Computes nothing but the points of the precision-recall curve,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any, Final
 
 import numpy as np
@@ -72,7 +73,10 @@ def learning(material: Material) -> Section:
 
 
 def best_epoch(material: Material, model: str) -> int | None:
-    """Return the epoch whose weights were kept: the last whose validation loss fell by more than ``train.min_delta``.
+    """Return the epoch whose weights were kept, as the training noted it.
+
+    Where it left no note: with ``train.schedule = "plateau"`` the last epoch whose validation loss fell by more than
+    ``train.min_delta``, else the last whose loss was a number.
 
     Parameters
     ----------
@@ -89,10 +93,14 @@ def best_epoch(material: Material, model: str) -> int | None:
     losses = material.epochs(model, "loss")
     if losses is None:
         return None
+    noted = number(at(material.stages, f"train-{model}", "best_epoch"))
+    if noted is not None:
+        return int(noted)
     least, kept = float("inf"), None
     delta = number(at(material.spec, "train", "min_delta")) or 0.0
+    steered = at(material.spec, "train", "schedule") != "cosine"
     for epoch, loss in zip(losses["epoch"], losses["val_loss"], strict=True):
-        if loss < least - delta:
+        if loss < least - delta if steered else isfinite(loss):
             least, kept = float(loss), int(epoch)
     return kept
 
@@ -343,7 +351,7 @@ def _shown_splits(material: Material) -> list[str]:
 
 
 def _last_split(material: Material) -> str:
-    return "test" if "test" in material.splits else material.splits[-1]
+    return material.shown_split
 
 
 def _listed(value: object) -> list[Any]:

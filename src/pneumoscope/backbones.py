@@ -23,7 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pneumoscope import _backend, _files, _torch_weights
+from pneumoscope import _backend, _files, _locks, _torch_weights
 from pneumoscope.errors import SpecError, StoreError, WeightsError
 from pneumoscope.specs import BackboneSpec
 
@@ -300,21 +300,22 @@ def fetch_weights(name: str, *, progress: Progress | None = None, url: str | Non
         raise StoreError(
             f"Cannot write to {target.parent} ({error.strerror}); set PNEUMOSCOPE_CACHE to a folder you may write to."
         ) from error
-    try:
-        _download(source, partial, backbone.size_bytes, progress)
-    except (OSError, ValueError, HTTPException) as error:
-        if getattr(error, "code", None) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            partial.unlink()  # what is here is no beginning of what is there
-        raise WeightsError(_broken(backbone, source, partial, error)) from error
-    if not _is_published(partial, backbone):
-        found = partial.stat().st_size
-        partial.unlink()
-        raise WeightsError(
-            f"What came from {source} ({found:,} bytes) is not the published weights file of {name} "
-            f"({backbone.size_bytes:,} bytes, {backbone.checksum or 'no checksum'}); it was deleted, "
-            "run the same command again, and if that repeats, look whether a proxy changes downloads."
-        )
-    os.replace(partial, target)
+    with _locks.hold(_files.cache_dir() / "locks", backbone.file_name, what=f"The download of {name}"):
+        try:
+            _download(source, partial, backbone.size_bytes, progress)
+        except (OSError, ValueError, HTTPException) as error:
+            if getattr(error, "code", None) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                partial.unlink()  # what is here is no beginning of what is there
+            raise WeightsError(_broken(backbone, source, partial, error)) from error
+        if not _is_published(partial, backbone):
+            found = partial.stat().st_size
+            partial.unlink()
+            raise WeightsError(
+                f"What came from {source} ({found:,} bytes) is not the published weights file of {name} "
+                f"({backbone.size_bytes:,} bytes, {backbone.checksum or 'no checksum'}); it was deleted, "
+                "run the same command again, and if that repeats, look whether a proxy changes downloads."
+            )
+        os.replace(partial, target)
     return target
 
 
@@ -327,6 +328,9 @@ def _download(url: str, partial: Path, size_bytes: int, progress: Progress | Non
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         resumed = response.status == HTTPStatus.PARTIAL_CONTENT
         done = done if resumed else 0
+        length = response.headers.get("Content-Length")
+        if length is not None and done + int(length) < size_bytes:  # some page, as of a proxy that wants a login
+            raise ValueError(f"the answer has {int(length):,} bytes, {size_bytes - done:,} were expected")
         with partial.open("ab" if resumed else "wb") as file:
             # One byte more than expected is enough to know that it is the wrong file; the rest is not awaited.
             while done <= size_bytes and (piece := response.read(_PIECE_BYTES)):

@@ -54,7 +54,7 @@ def submit(
     Run.create(main.folder, resume=resume)
     with main.lock():
         begun = [part for part in parts if begin(part, resume=resume).status != "finished"]
-        if not begun:
+        if not begun and (len(parts) == 1 or main.repeats_path.exists()):
             voice.say(f"{main.folder} is finished already.")
             return main
         for part in begun:

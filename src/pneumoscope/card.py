@@ -192,7 +192,7 @@ def _kind(note: str, published: str, paths: Sequence[str]) -> str:
     """Return whose images these are, as far as their names and marks tell."""
     if "SYNTHETIC DATA" in note:  # drawn under the published set's names, so asked first
         return "synthetic"
-    if published:
+    if published.startswith("By names and counts"):  # a site may name its files so as well
         return "kermany"
     return "pneumoniamnist" if any("pneumoniamnist" in path.lower() for path in paths) else "unknown"
 
@@ -341,7 +341,8 @@ def _tables(model: Mapping[str, Any]) -> dict[str, Any]:
     parts: list[list[Any]] = []
     for split, found in measured.items():
         point = found.get("operating_point") or {}
-        rows.append([split, _n(found), _auc(found), *(_with_interval(point, key) for key in _FIGURES),
+        threshold = figure(point.get("threshold"), digits=4)
+        rows.append([split, _n(found), threshold, _auc(found), *(_with_interval(point, key) for key in _FIGURES),
                      *(point.get(key) for key in _COUNTS[:2])])  # fmt: skip
         reasons |= dict.fromkeys((found.get("undefined") or {}).values())
         of = found.get("calibration") or {}

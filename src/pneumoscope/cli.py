@@ -18,10 +18,10 @@ import typer
 
 from pneumoscope import _files, _stopping, cli_use
 from pneumoscope._options import Allow, Config, Data, Json, Preset, Settings, allowing, spec_of, voice_of
-from pneumoscope.errors import PneumoscopeError, UsageError
+from pneumoscope.errors import PneumoscopeError, StoreError, UsageError
 from pneumoscope.specs import APPROACHES, TITLES, Spec
 
-_MADE_AGAIN = re.compile(r"\.?((images|features|bundle)-[0-9a-f]{16}|demo-images)(\..+)?")
+_MADE_AGAIN = re.compile(r"\.?((images|features|bundle|exported)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
 
 
@@ -88,6 +88,20 @@ def _options(
     del version
 
 
+def _delete(entry: Path) -> None:
+    try:
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    except FileNotFoundError:
+        pass  # another process was quicker
+    except OSError as error:
+        raise StoreError(f"Cannot delete {entry} ({error.strerror}); its owner can.") from error
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():  # the folder itself may be a link to a larger disk
+        _delete(entry)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run directory.")] = Path("runs/demo"),
@@ -100,7 +114,9 @@ def demo(
     spec = Spec.preset_named("demo")
     data = phantom.write_dataset(_files.cache_dir() / "demo-images")
     if Run(output).read_manifest().get("data") == str(data):
-        shutil.rmtree(output)  # a demo is made anew each time; only ever an earlier demo is removed
+        with Run(output).lock():  # not while another process makes it
+            pass
+        _empty(output)  # a demo is made anew each time; only ever an earlier demo is removed
     with _stopping.on_signals() as stop:
         pipeline.run(spec, data, output, narration=voice_of(as_json), stop=stop)
 
@@ -415,7 +431,7 @@ def cache(
     ]
     freed = sum(_files.size_of(entry) for entry in going)
     for entry in going:
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        _delete(entry)
     voice.event("cleaned", f"Deleted {len(going)} entries, {_files.size_text(freed)}.", entries=len(going), freed=freed)
 
 

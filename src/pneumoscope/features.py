@@ -277,12 +277,18 @@ class _View:
         whole = {name: _Partial(folder, shapes[name], self.spec.features.dtype) for name, folder in targets.items()}
         copied = []
         for index in range(parts):
+            if all(map(_finished, targets.values())):  # another job put the same parts together, and deletes them
+                break
             span, folders = self.span((index, parts)), self.folders_of((index, parts), targets)
             if span.start == span.stop:
                 continue
             self.compute(folders, (index, parts), report=report)
             for name, folder in folders.items():
-                whole[name].array[span] = open_array(folder / "features.npy")
+                try:
+                    whole[name].array[span] = open_array(folder / "features.npy")
+                except StoreError:
+                    if not all(map(_finished, targets.values())):
+                        raise
                 copied.append(folder)
             report(span.stop)
         for one in whole.values():
@@ -358,6 +364,8 @@ class _Partial:
 
     def finish(self) -> None:
         """Give the store its final name."""
+        if not (self._folder / "features.npy").exists() and not _finished(self._target):
+            raise StoreError(f"{self._folder} was deleted while features were written to it; run the same again.")
         self.mark(len(self.array))
         _files.write_json(self._folder / "manifest.json", {"kind": "features"})
         try:

@@ -6,6 +6,7 @@ what the stages do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from rich.text import Text
 
 from pneumoscope import _files
 from pneumoscope._stopping import Wish
-from pneumoscope.errors import PneumoscopeError, StoppedEarly
+from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
 
 Mode = Literal["terminal", "plain", "json", "silent"]
 
@@ -98,12 +99,16 @@ class Narration:
     def log_to(self, path: Path) -> None:
         """Append everything said from now on to a file, with times."""
         self.close()
-        self._log = path.open("a", encoding="utf-8")
+        try:
+            self._log = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"Cannot write {path}: {error.strerror or error}; free space or mend its rights.") from error
 
     def close(self) -> None:
         """Close the log."""
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # of what could not be written before either
+                self._log.close()
             self._log = None
 
     def say(self, text: str) -> None:
@@ -257,8 +262,12 @@ class Narration:
     def _write_log(self, text: str) -> None:
         if self._log is not None:
             stamp = _now()
-            self._log.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
-            self._log.flush()
+            try:
+                self._log.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
+                self._log.flush()
+            except OSError as error:  # a full disk: the work, and what it says of that itself, matter more
+                self.close()
+                self.warn(f"The log is not written any more ({error.strerror}).")
 
 
 class Bar:

@@ -189,6 +189,7 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     Examiner(spec, other, catalog, store, reference, None, voice, note).examine(
         models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
     )
+    card.write_card(target)  # it says how often other images were asked
     return other.metrics_path
 
 

@@ -218,5 +218,6 @@ def _wins(contents: Sequence[Mapping[str, Any]], split: str) -> dict[str, int]:
     for found in contents:
         known = {model: parts[split]["auc"] for model, parts in found.items() if parts[split]["auc"] is not None}
         if known:
-            wins[max(known, key=known.__getitem__)] += 1
+            for model in known:
+                wins[model] += known[model] == max(known.values())  # equals win both
     return wins

@@ -210,10 +210,10 @@ class Job:
     def _images(self) -> None:
         """Read the images and write down what this run is, before any training."""
         self._mirrors.open()
-        if set(PRETRAINED) & set(self.spec.models):
-            backbones.weights_hash(self.spec.backbone)  # missing weights are said now, not after an hour
+        _ = self._weights_hash  # missing weights are said now, not after an hour
         catalog, store = survey.read_images(self.spec, self.data, self.voice)
         self._check_same_images(catalog)
+        self._check_same_origin()
         note = survey.note_of(self.spec, self.data, catalog=catalog)
         if note:
             self.voice.warn(f"{note}: the figures say nothing about real radiographs.")
@@ -228,6 +228,7 @@ class Job:
             spec_hash=self.spec.hash,
             data_hash=catalog.content_hash,
             store_key=store.key,
+            weights_hash=self._weights_hash,
             machine=_machine(),
         )
         self._mirrors.begin()
@@ -243,6 +244,26 @@ class Job:
             raise RunError(
                 f"{self.run.folder} was begun with other images than {self.data} holds now: {changes}; "
                 "give the same ones to go on, or choose a new folder with -o."
+            )
+
+    @property
+    def _weights_hash(self) -> str | None:
+        """What the pretrained weights are, whatever their file is called; None where none are used."""
+        return backbones.weights_hash(self.spec.backbone) if set(PRETRAINED) & set(self.spec.models) else None
+
+    def _check_same_origin(self) -> None:
+        """Refuse to go on with another library or other pretrained weights: approaches could not be compared."""
+        manifest = self.run.read_manifest()
+        backend = manifest.get("machine", {}).get("backend")
+        if backend is not None and backend != _machine()["backend"]:
+            raise RunError(
+                f"{self.run.folder} was begun with the backend {backend}, and this is {_machine()['backend']}; set "
+                f"KERAS_BACKEND={backend} to go on, or choose a new folder with -o."
+            )
+        if "weights_hash" in manifest and manifest["weights_hash"] != self._weights_hash:
+            raise RunError(
+                f"{self.run.folder} was begun with other pretrained weights than {self.spec.backbone.weights} holds "
+                "now; put the same file there to go on, or choose a new folder with -o."
             )
 
     def _say_machine(self) -> None:
