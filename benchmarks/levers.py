@@ -12,8 +12,7 @@ A row is kept in `levers.json` as soon as it is known, with its scores in `lever
 again, so the search can be ended and taken up at any time, and several processes can share it. Only `final` reads the
 test images. Judged is: AUC on held-out patients, mean AUC over the fixed changes of `pneumoscope.robustness`,
 specificity as it is and there at the threshold that gives 97 % sensitivity on unchanged images. All but `final` look at
-images of 112 px on one thread: a lever costs minutes so, and is one of the recipe, not of the size (`224 px` is a lever
-itself).
+images of 112 px on one thread: a lever costs minutes so, and is one of the recipe, not of the size.
 
 A lever is settings, and may be what the product does not do: a change of the pixels before anything else (`PIXELS`),
 of a step of training (`STEPS`), of the optimizer (`rates by depth`), a larger network (`LARGER`), or several scores
@@ -75,17 +74,10 @@ LEVERS: dict[str, list[str]] = {
     "stronger augmentation": augment(
         ["gamma=0.8", "contrast=0.8", "brightness=0.15", "blur=0.014", "noise=0.12", "zoom=0.2", "rotation=15"]
     ),
-    "11 layers": ["best.trainable_layers=11"],
-    "100 layers": ["best.trainable_layers=100"],
     "no mean of weights": ["train.weight_average=0"],
     "label smoothing 0.1": ["train.label_smoothing=0.1"],
     "distilled": ["train.teachers=3"],
     "class weights": ["train.class_weights=true"],
-    "rate 3e-4": ["best.learning_rate=0.0003"],
-    "rate 3e-3": ["best.learning_rate=0.003"],
-    "20 epochs": ["train.epochs=20"],
-    "160 px": ["image.size_px=160"],
-    "224 px": ["image.size_px=224"],
 }
 """By name, what is set beside the preset `best`."""
 
@@ -302,7 +294,7 @@ def in_several_ways(score: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 ALL_LAYERS = ["best.trainable_layers=999", "features.cache=false"]
-LEVERS |= {"only noise": augment([*NO_VALUES[:-1], *NO_PLACES]), "more stretch": augment(["stretch=0.4"])}
+LEVERS |= {"more stretch": augment(["stretch=0.4"])}
 LEVERS |= {
     name: []
     for name in [*PIXELS, *STEPS, "rates by depth", "three networks", "test-time augmentation", "neutral shapes"]
