@@ -97,7 +97,18 @@ class Narration:
         self._log: IO[str] | None = None
 
     def log_to(self, path: Path) -> None:
-        """Append everything said from now on to a file, with times."""
+        """Append everything said from now on to a file, with times.
+
+        Parameters
+        ----------
+        path : Path
+            Of the file; where it cannot be written any more, that is said once and nothing else ends by it.
+
+        Raises
+        ------
+        RunError
+            Where it cannot be opened.
+        """
         self.close()
         try:
             self._log = path.open("a", encoding="utf-8")
