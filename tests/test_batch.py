@@ -404,7 +404,7 @@ def test_the_script_of_the_documentation_goes_on_after_a_warning(tiny_set: Path,
     for shown, real in {
         "source ~/pneumoscope/bin/activate\n": "",
         "/scratch/$USER/pneumoscope KERAS_BACKEND=jax": str(tmp_path / "cache"),
-        "pneumoscope run /scratch/$USER/xrays/chest_xray -o runs/mine": f"{run} {long}",
+        'pneumoscope run "$XRAYS" -o runs/mine': f"{run} {long}",
         "--cpus-per-task=8": "--cpus-per-task=1",
         "--mem=32G": "--mem=2G",
         "#SBATCH --gpus=1\n": "",

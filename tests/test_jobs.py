@@ -209,6 +209,19 @@ def earlier(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("told", "exit_status", "state", "well"),
+    [("TIMEOUT", 0, "COMPLETED", True), ("TIMEOUT", STOPPED, "TIMEOUT", False), ("FAILED", 0, "FAILED", False)],
+)
+def test_a_job_that_was_done_when_its_time_was_over_ended_well(
+    told: str, exit_status: int, state: str, well: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "7_end.json").write_text(json.dumps({"schema_version": 1, "exit_status": exit_status}))
+    job = jobs.Submitted("train", "7", tmp_path / "7_0_log.out", "2026-11-28T18:00:00+00:00")
+    found = jobs._state(job, (told, ""), "")
+    assert (found.state, found.well) == (state, well)
+
+
 @pytest.mark.usefixtures("no_slurm")
 def test_without_slurm_nothing_is_submitted(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:

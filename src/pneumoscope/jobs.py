@@ -439,6 +439,8 @@ def _state(job: Submitted, told: tuple[str, str] | None, silence: str) -> State:
     exit_status = _noted(job)
     if told is None:
         told = ("UNKNOWN", silence) if silence and exit_status is None else _left_behind(job, exit_status)
+    elif told[0] in ("TIMEOUT", "PREEMPTED") and exit_status == 0:
+        told = "COMPLETED", ""  # it was done with its work within the seconds that Slurm leaves a job it has warned
     state = State(job.name, job.job_id, told[0], job.log, told[1])
     if state.ended:
         state = replace(state, exit_status=0 if state.well else exit_status)
