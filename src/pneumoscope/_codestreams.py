@@ -164,7 +164,7 @@ def require_few_scans(data: bytes) -> None:
         Where a JPEG has over 100 scans.
     """
     if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
-        raise ImageError("damaged", f"The JPEG has {scans:,} scans; at most {_MOST_SCANS} are decoded.")
+        raise ImageError("damaged", f"The JPEG has {scans:,} scans; at most {_MOST_SCANS} are decoded. Save it anew.")
 
 
 def decode_rle(data: bytes, *, size: int, n_segments: int) -> list[bytes]:

@@ -496,7 +496,7 @@ def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, Imag
     catalog = Catalog.read(target.catalog_path, root=own if own.is_dir() else own.parent)
     # an image that proved damaged is in the key of what was packed, and in this list no more
     packed = ImageStore.folder_of(manifest.get("store_key", ""))
-    store = ImageStore.open(packed) if packed.exists() else survey.pack(catalog, spec, voice)
+    store = ImageStore.open(packed) if (packed / "manifest.json").exists() else survey.pack(catalog, spec, voice)
     return catalog.quarantine(store.rejected), store
 
 
