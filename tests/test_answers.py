@@ -301,6 +301,20 @@ def test_the_logit_on_the_picture_is_the_sum_of_its_parts() -> None:
     assert len(answers.said_of(replace(answer, assessable=True, reason=""))) == 2
 
 
+def test_what_a_point_achieved_on_test_is_said_beside_what_it_was_chosen_for() -> None:
+    def share(value: float, **ends: float) -> dict[str, Any]:
+        return {"sensitivity": value, "specificity": value, "intervals": {}, "group_intervals": dict.fromkeys(
+            ("sensitivity", "specificity"), ends)}  # fmt: skip
+
+    at = {"youden": share(0.7, low=0.6, high=0.8), "cost": share(0.1, low=0.0, high=0.2)}
+    known = replace(DESCRIPTION, metrics={"test": {"n": 1_651, "operating_points": at}})
+    said = answers.sentences(answers.Summary(*known.point, None, None), known)[1]
+    assert said.endswith(
+        "(chosen there, which flatters), on 1,651 test images sensitivity 0.700 (0.600 to 0.800) and specificity "
+        "0.700 (0.600 to 0.800)."
+    )
+
+
 @pytest.mark.usefixtures("plain_pictures")
 def test_the_screen_has_a_table_counts_and_the_operating_point(scans: Path) -> None:
     (scans / "bad.png").write_bytes(b"")
@@ -313,6 +327,7 @@ def test_the_screen_has_a_table_counts_and_the_operating_point(scans: Path) -> N
     joined = "\n".join(lines)
     assert "5 images answered: " in joined
     assert "Operating point youden: PNEUMONIA where score > 0.6000; on validation it had sensitivity 0.750" in joined
+    assert "specificity 0.500 (chosen there, which flatters)." in joined
     assert "5 not known to be assessable." in joined
     assert "1 not readable as an image." in joined
     assert "The table is in out.csv." in joined

@@ -31,10 +31,7 @@ Scores = npt.NDArray[np.float64]
 Case = tuple[Labels, Scores]
 
 NO_OVERLAP = "The probabilities of the two labels do not overlap, so that logistic regression has no solution."
-TOO_COLD = (
-    "The loss still falls at a temperature of 0.01, because no image is clearly on the wrong side of 0.5; fit it on "
-    "more images."
-)
+NOT_TOO_SURE = "The scores are not too sure as they are, and none makes them surer: they stand."
 TOO_HOT = (
     "The loss still falls at a temperature of 100, because the scores do not rise with the label; "
     "train the model again."
@@ -259,7 +256,7 @@ class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sharpness", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("sharpness", [1.3, 2.5])
 def test_the_temperature_is_that_of_scikit_learn(seed: int, sharpness: float) -> None:
     labels, scores = random_case(500, seed, sharpness=sharpness)
     inside = clipped(scores)[:, None]
@@ -286,9 +283,9 @@ def test_no_other_temperature_has_a_lower_loss(case: Case) -> None:
         z = logit(clipped(scores)) / math.exp(log_temperature)
         return float((np.logaddexp(0, z) - labels * z).mean())
 
-    best = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-10})
+    best = minimize_scalar(loss, bounds=(0, math.log(100)), options={"xatol": 1e-10})
     assert loss(math.log(fitted.value)) <= best.fun + 1e-12
-    assert 0.01 <= fitted.value <= 100
+    assert 1 <= fitted.value <= 100
 
 
 def test_temperature_takes_the_sharpness_away_and_leaves_the_order() -> None:
@@ -301,6 +298,12 @@ def test_temperature_takes_the_sharpness_away_and_leaves_the_order() -> None:
     assert calibration.calibrate(labels, calm).slope == pytest.approx(1.0, abs=0.02)
     order = np.argsort(scores, kind="stable")
     assert (np.diff(calm[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_that_are_not_sure_enough_stay_as_they_are(seed: int) -> None:
+    labels, scores = random_case(500, seed, sharpness=0.4)
+    assert calibration.fit_temperature(labels, scores) == Temperature(None, NOT_TOO_SURE)
 
 
 def test_applying_a_temperature_by_hand() -> None:
@@ -319,7 +322,7 @@ def test_applying_a_temperature_by_hand() -> None:
     [
         ([1, 1], [0.2, 0.8], "There is no NORMAL image to fit a temperature on."),
         ([0], [0.2], "There is no PNEUMONIA image to fit a temperature on."),
-        ([0, 0, 1, 1], [0.1, 0.4, 0.6, 0.9], TOO_COLD),
+        ([0, 0, 1, 1], [0.1, 0.4, 0.6, 0.9], NOT_TOO_SURE),
         ([0, 0, 1, 1], [0.9, 0.6, 0.4, 0.1], TOO_HOT),
         ([0, 1], [0.5, 0.5], TOO_HOT),
     ],

@@ -293,9 +293,10 @@ def test_a_bundle_carries_the_card_of_its_model(made: Made) -> None:
     run = made(published="By names and counts, the published images.")
     parity = {"test": {"n": 16, "difference": 1e-6, "flipped": 0}}
     facts = card.facts_of(run, models=("tl",), shared=True)
-    text = text_of(described(run), weights="float32", parity=parity, card=facts)
+    text = text_of(described(run), weights="float32", parity=parity, not_assessable={"test": 2}, card=facts)
     for expected in (
         "### tl: measured",
+        "0 calls differ. It calls 2 of them not assessable.",
         "youden 0.2500",
         "at most 1.0e-06 apart",
         "Not for adults",

@@ -95,6 +95,9 @@ def test_a_bundle_knows_what_its_run_knew(run: Run, bundles: dict[str, Bundle]) 
     assert {split: part["n"] for split, part in bundles["tl"].content["parity"].items()} == {
         split: part["n"] for split, part in measured["models"]["tl"].items()
     }
+    unlike = bundles["tl"].content["not_assessable"]
+    assert set(unlike) == set(measured["models"]["tl"])
+    assert all(0 <= count <= measured["models"]["tl"][split]["n"] for split, count in unlike.items())
 
 
 def test_nothing_that_is_no_array_is_in_a_bundle(bundles: dict[str, Bundle]) -> None:

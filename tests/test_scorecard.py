@@ -30,6 +30,7 @@ Rows = dict[str, pd.DataFrame]
 
 N = {"validation": 90, "calibration": 80, "test": 100}
 MODELS = {"cnn": 2.0, "ft": 3.5}  # name -> how far apart the mean logits of the two labels are
+SURE = 8.0  # times as far from 0 as a logit should be, so that there is a temperature to fit
 SHORTCUTS = {"file-and-grey": 0.5, "border-only": 0.0}
 NAMES = (*MODELS, *SHORTCUTS)
 SPEC = EvaluationSpec(bootstrap=100)
@@ -66,7 +67,7 @@ def all_rows(*splits: str) -> Rows:
 def scored(rows: Rows, gains: Mapping[str, float], *, seed: int = 0) -> dict[str, dict[str, Predictions]]:
     def scores(name: str, split: str, label: pd.Series[int]) -> npt.NDArray[np.float64]:
         random = np.random.default_rng([seed, *name.encode(), *split.encode()])
-        return np.asarray(expit(gains[name] * (label - 0.5) + random.normal(size=len(label))), dtype=np.float64)
+        return np.asarray(expit(SURE * (gains[name] * (label - 0.5) + random.normal(size=len(label)))), dtype=np.float64)
 
     return {
         name: {split: Predictions.of(part, scores(name, split, part["label"])) for split, part in rows.items()}
@@ -355,8 +356,7 @@ def test_the_reason_for_a_missing_temperature_is_that_of_the_fit() -> None:
     models = {"cnn": {split: Predictions.of(part, [0.1, 0.2, 0.8, 0.9]) for split, part in rows.items()}}
     figures = measure(models, {}, rows=rows, spec=PLAIN).as_dict()["models"]["cnn"]["test"]
     assert figures["undefined"]["calibration.temperature"] == (
-        "The loss still falls at a temperature of 0.01, because no image is clearly on the wrong side of 0.5; "
-        "fit it on more images."
+        "The scores are not too sure as they are, and none makes them surer: they stand."
     )
 
 

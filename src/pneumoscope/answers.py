@@ -423,6 +423,7 @@ def sentences(summary: Summary, known: Description) -> list[str]:
     if known.curve is not None:
         sensitivity, specificity = known.curve.at(summary.threshold)
         cost = f"; on {known.curve.split} it had sensitivity {sensitivity:.3f} and specificity {specificity:.3f}"
+        cost += f" (chosen there, which flatters){_on_test(known, summary.operating_point)}"
     said.append(f"Operating point {summary.operating_point}: PNEUMONIA where score > {summary.threshold:.4f}{cost}.")
     doubts: Mapping[str, int] = {
         "not assessable: do not use their scores": summary.not_assessable,
@@ -435,3 +436,16 @@ def sentences(summary: Summary, known: Description) -> list[str]:
     if summary.evidence is not None and read:
         said.append(f"Pictures of the evidence are in {summary.evidence}.")
     return [*said, known.note] if known.note else said
+
+
+def _on_test(known: Description, point: str) -> str:
+    """Say what a point achieved on the test images, with its intervals, where they are known."""
+    of_test = known.metrics.get("test") or {}
+    at = (of_test.get("operating_points") or {}).get(point) or {}
+    shares = []
+    for name in ("sensitivity", "specificity"):
+        sure = (at.get("group_intervals") or {}).get(name) or (at.get("intervals") or {}).get(name)
+        if at.get(name) is None or sure is None:
+            return ""
+        shares.append(f"{name} {at[name]:.3f} ({sure['low']:.3f} to {sure['high']:.3f})")
+    return f", on {of_test['n']:,} test images {' and '.join(shares)}"

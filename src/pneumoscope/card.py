@@ -347,6 +347,9 @@ def _tables(model: Mapping[str, Any]) -> dict[str, Any]:
         reasons |= dict.fromkeys((found.get("undefined") or {}).values())
         of = found.get("calibration") or {}
         calibration.append([split, *(figure(of.get(key)) for key in _CALIBRATION)])
+        if of.get("temperature"):
+            raw = {**(found.get("calibration_raw") or {}), "temperature": None}
+            calibration.append([f"{split}, score itself", *(figure(raw.get(key)) for key in _CALIBRATION)])
         for division, values in (found.get("subgroups") or {}).items():
             parts += [[split, division, *_part_row(value, part)] for value, part in values.items() if split == "test"]
     return {
@@ -438,6 +441,7 @@ def text_of_bundle(content: Mapping[str, Any]) -> str:
     of_bundle = {
         "weights": content.get("weights"),
         "parity": content.get("parity") or {},
+        "not_assessable": content.get("not_assessable") or {},
         "points": content["operating_points"],
         "recalibrated": provenance.get("recalibrated") or [],
         "exported": provenance.get("exported"),

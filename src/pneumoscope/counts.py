@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope.intervals import LEVEL, Interval, wilson
+from pneumoscope.intervals import LEVEL, Interval, wilson, wilson_by_group
 
 FIGURES: tuple[str, ...] = (
     "accuracy",
@@ -222,6 +222,48 @@ def confusion(labels: npt.NDArray[np.int8], scores: npt.NDArray[np.float64], *, 
         false_negatives=int((~called & sick).sum()),
         true_positives=int((called & sick).sum()),
     )
+
+
+def intervals_by_group(
+    labels: npt.NDArray[np.int8],
+    scores: npt.NDArray[np.float64],
+    groups: npt.NDArray[Any],
+    *,
+    threshold: float,
+    level: float = LEVEL,
+) -> dict[str, Interval | None]:
+    """Return an interval of every figure but the MCC, the images of a group taken as alike as they turn out to be.
+
+    Parameters
+    ----------
+    labels, scores, threshold
+        As for `confusion`.
+    groups : ndarray of str or int, shape (n,)
+        The patient of each image.
+    level : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    dict of str to (Interval or None)
+        From `intervals.wilson_by_group`, that of F1 as in `Confusion.intervals`; None where the figure is undefined.
+
+    Raises
+    ------
+    UsageError
+        Where `level` is not between 0 and 1.
+    """
+    called, sick = scores > threshold, labels == 1
+    parts = {
+        "accuracy": (called == sick, np.full(len(labels), True)),
+        "sensitivity": (called & sick, sick),
+        "specificity": (~called & ~sick, ~sick),
+        "positive_predictive_value": (called & sick, called),
+        "negative_predictive_value": (~called & ~sick, ~called),
+        "f1": (called & sick, called | sick),
+    }
+    found = {name: wilson_by_group(part, whole, groups, level=level) for name, (part, whole) in parts.items()}
+    return found | {"f1": _carried_to_f1(found["f1"])}
 
 
 def intervals_as_dict(intervals: Mapping[str, Interval | None]) -> dict[str, dict[str, Any] | None]:

@@ -182,8 +182,8 @@ class Examiner:
         expected = max(1 - usual.quantile, 1 / (usual.n_held_out + 1))  # few images cannot show a small share
         unlike = Share(int((~usual.assess(of_test)[1]).sum()), len(test))
         sentence = (
-            f"{unlike.part:,} of {unlike.whole:,} test images are unlike the training images (of held-out images, "
-            f"{expected:.0%} would be): what a model says of those cannot be assessed."
+            f"To the pretrained layers {unlike.part:,} of {unlike.whole:,} test images are unlike the training images "
+            f"(of held-out images, {expected:.0%} would be): what a model says of those cannot be assessed."
         )
         return labels | {"not_assessable": {**unlike.as_dict(), "threshold": usual.threshold, "sentence": sentence}}
 

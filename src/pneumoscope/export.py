@@ -117,14 +117,15 @@ def export(
     network = OnnxNetwork(data, name="the new network", threads=opened.spec.train.threads)
     described = opened.describe(voice)
     scored: dict[str, tuple[Predictions, Predictions]] = {}
+    features: dict[str, Any] = {}
     for split in (*_SCORED, *({described.chosen_on} - set(_SCORED))):
         if len(rows := opened.catalog.rows(split)):
             with voice.stage(f"Scoring {split} with Keras and with onnxruntime"), voice.bar(split) as progress:
                 first, second = (
-                    Predictions.of(rows, run_over(each, opened.store, rows, progress=progress).score)
-                    for each in (opened.network, network)
+                    run_over(each, opened.store, rows, progress=progress) for each in (opened.network, network)
                 )
-            scored[split] = (first, second)
+            scored[split] = (Predictions.of(rows, first.score), Predictions.of(rows, second.score))
+            features[split] = second.features
     if weights == "int8":
         chosen = scored[described.chosen_on][1]
         choice = Choice.on(chosen, spec=opened.spec.evaluation)
@@ -145,6 +146,9 @@ def export(
     further = {
         "weights": weights,
         "parity": {split: vars(found) for split, found in parity.items()},
+        "not_assessable": {
+            split: int((~usual.assess(of_split)[1]).sum()) for split, of_split in features.items()
+        } if (usual := described.familiarity) else {},
         "card": card.facts_of(run, models=(model,), shared=True),
     }
     return Bundle.write(folder, network=data, description=described, further=further)

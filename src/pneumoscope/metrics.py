@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pneumoscope import calibration, intervals
 from pneumoscope.calibration import Calibration, DecisionCurve, log_loss
-from pneumoscope.counts import FIGURES, Confusion, confusion, intervals_as_dict
+from pneumoscope.counts import FIGURES, Confusion, confusion, intervals_as_dict, intervals_by_group
 from pneumoscope.curves import (
     COST_RATIO,
     SENSITIVITY,
@@ -61,7 +61,7 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Intervals from resampled groups.
+    """Intervals that take whole groups for what is independent: of shares by formula, of all else by resampling.
 
     Attributes
     ----------
@@ -209,7 +209,7 @@ class Evaluation:
         """Return the figures as ``metrics.json`` holds them (the ROC curve is in the tables).
 
         ``brier`` and ``loss`` at the top are those of the raw scores. ``intervals`` take images as independent (DeLong,
-        Wilson); ``group_intervals`` come from the bootstrap and are empty without one.
+        Wilson); ``group_intervals`` take whole groups so, and are empty without a bootstrap.
         """
         drawn = self.bootstrap
         points = {
@@ -418,13 +418,18 @@ def _bootstrapped(
         )
     of_rows = _one_per_row(groups, len(labels), name="group")
     statistics = _statistics(labels, scores, points)
-    found = intervals.bootstrap_by_group(statistics, of_rows, resamples=resamples, seed=seed)
+    drawn = intervals.bootstrap_by_group(statistics, of_rows, resamples=resamples, seed=seed)
+
+    def of_figures(prefix: str, threshold: float) -> dict[str, Interval | None]:
+        found = intervals_by_group(labels, scores, of_rows, threshold=threshold)
+        return {name: found[name] if name in found else drawn[prefix + name] for name in FIGURES}
+
     return Bootstrap(
         resamples=resamples,
         seed=seed,
         groups=len(np.unique(of_rows)),
-        of_split={key: found[key] for key in ("auc", "average_precision", "brier", *FIGURES)},
-        of_points={name: {key: found[f"{name}.{key}"] for key in FIGURES} for name in points},
+        of_split={key: drawn[key] for key in ("auc", "average_precision", "brier")} | of_figures("", HALF),
+        of_points={name: of_figures(f"{name}.", threshold) for name, threshold in points.items()},
     )
 
 
@@ -443,8 +448,7 @@ def _statistics(labels: Labels, scores: Scores, points: Mapping[str, float]) -> 
         }
         for prefix, cell in cells.items():
             tn, fn, fp, tp = np.bincount(cell, weights=weights, minlength=4).astype(int).tolist()
-            at = Confusion(thresholds[prefix], tn, fp, fn, tp)
-            found |= {prefix + name: value for name, value in at.figures().items()}
+            found[f"{prefix}mcc"] = Confusion(thresholds[prefix], tn, fp, fn, tp).mcc
         return found
 
     return figures

@@ -469,7 +469,7 @@ def sentences(result: Recalibrated) -> list[str]:
     groups = "" if result.auc_group_interval is None else f", by patient {_ends(result.auc_group_interval)}"
     said.append(f"AUC {_with(result.auc.auc, result.auc.interval)}{groups}; no threshold or temperature changes it.")
     if result.temperature.value is None:
-        said.append(f"No temperature could be fitted: {result.temperature.reason}")
+        said.append(f"No temperature. {result.temperature.reason}")
     else:
         earlier = "none" if result.temperature_before is None else f"{result.temperature_before:.3f}"
         said.append(

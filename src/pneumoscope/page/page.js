@@ -419,7 +419,7 @@ function offerPoints() {
   at("point").replaceChildren(...choices, own);
   const curve = state.curve;
   at("rates-source").textContent = curve
-    ? `On the ${curve.split} split (${curve.n_positive} ${state.labels[1]}, ${curve.n_negative} ${state.labels[0]}); other images may give other figures. ${state.labels[1]} is called where the score is above the threshold.`
+    ? `On the ${curve.split} split (${curve.n_positive} ${state.labels[1]}, ${curve.n_negative} ${state.labels[0]}); the operating points were chosen on it, so expect less on other images. ${state.labels[1]} is called where the score is above the threshold.`
     : "The model came without labelled images to measure sensitivity and specificity on.";
   setThreshold(defaultPoint()[1]);
 }
