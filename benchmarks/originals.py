@@ -3,8 +3,8 @@
     python benchmarks/originals.py BUNDLE ORIGINALS THUMBNAILS
 
 Both are folders with class folders inside; images are paired by file name. Originals are prepared as `images.load` does
-it, under several qualities of `image.jpeg_quality`; printed is how far scores move (in log-odds, mean by class) and how
-many calls differ from those of the thumbnails, at the bundle's operating point. Thumbnails again: what compressing
+it, under several qualities of `image.jpeg_quality`; printed is how far scores move (in log-odds, mean and standard
+deviation by class) and how many calls differ from those of the thumbnails, at the bundle's operating point. Thumbnails again: what compressing
 changes that was compressed already.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
         moved = special.logit(now.clip(1e-6, 1 - 1e-6)) - special.logit(usual.clip(1e-6, 1 - 1e-6))
         differ = int(((now > threshold) != (usual > threshold)).sum())
         wrong = int(((now > threshold) != labels).sum())
-        cells = [f"{moved[labels == label].mean():+.2f}" for label in (0, 1)]
+        cells = [f"{moved[labels == label].mean():+.2f} ({moved[labels == label].std():.2f})" for label in (0, 1)]
         print(f"| {name} | {quality or 'none'} | {' | '.join(cells)} | {differ} | {wrong} |", flush=True)
 
 

@@ -67,7 +67,8 @@ def all_rows(*splits: str) -> Rows:
 def scored(rows: Rows, gains: Mapping[str, float], *, seed: int = 0) -> dict[str, dict[str, Predictions]]:
     def scores(name: str, split: str, label: pd.Series[int]) -> npt.NDArray[np.float64]:
         random = np.random.default_rng([seed, *name.encode(), *split.encode()])
-        return np.asarray(expit(SURE * (gains[name] * (label - 0.5) + random.normal(size=len(label)))), dtype=np.float64)
+        logits = gains[name] * (label - 0.5) + random.normal(size=len(label))
+        return np.asarray(expit(SURE * logits), dtype=np.float64)
 
     return {
         name: {split: Predictions.of(part, scores(name, split, part["label"])) for split, part in rows.items()}

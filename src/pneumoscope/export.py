@@ -146,9 +146,9 @@ def export(
     further = {
         "weights": weights,
         "parity": {split: vars(found) for split, found in parity.items()},
-        "not_assessable": {
-            split: int((~usual.assess(of_split)[1]).sum()) for split, of_split in features.items()
-        } if (usual := described.familiarity) else {},
+        "not_assessable": {split: int((~usual.assess(of_split)[1]).sum()) for split, of_split in features.items()}
+        if (usual := described.familiarity)
+        else {},
         "card": card.facts_of(run, models=(model,), shared=True),
     }
     return Bundle.write(folder, network=data, description=described, further=further)

@@ -1,8 +1,9 @@
 """How sure a figure is: confidence intervals, paired tests, and the bootstrap that resamples whole groups.
 
 Owns Wilson's interval of a share, also of one whose images come in groups, DeLong's interval and test of the area under
-the ROC curve, McNemar's test, and percentile intervals over resampled groups. Where a method would give an interval of no width, the interval is ``None``
-with the reason, for a width of 0 claims a certainty that nobody has. Knows nothing of Predictions, models or files.
+the ROC curve, McNemar's test, and percentile intervals over resampled groups. Where a method would give an interval of
+no width, the interval is ``None`` with the reason, for a width of 0 claims a certainty that nobody has. Knows nothing
+of Predictions, models or files.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ def wilson_by_group(
 
     Images of one patient are alike, so that n of them say as much as n / d independent ones; the design effect d comes
     from how the groups differ (Rao and Scott 1992, https://doi.org/10.2307/2532311). It is taken as 1 where it would be
-    less, so that the interval is never narrower than `wilson`'s. A share of 0 or 1 does not tell how alike the images of
-    a group are: each group then counts as one image.
+    less, so that the interval is never narrower than `wilson`'s. A share of 0 or 1 does not tell how alike the images
+    of a group are: each group then counts as one image.
 
     Parameters
     ----------
