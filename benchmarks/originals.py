@@ -4,8 +4,8 @@
 
 Both are folders with class folders inside; images are paired by file name. Originals are prepared as `images.load` does
 it, under several qualities of `image.jpeg_quality`; printed is how far scores move (in log-odds, mean and standard
-deviation by class) and how many calls differ from those of the thumbnails, at the bundle's operating point. Thumbnails again: what compressing
-changes that was compressed already.
+deviation by class) and how many calls differ from those of the thumbnails, at the bundle's operating point. Thumbnails
+again: what compressing changes that was compressed already.
 """
 
 from __future__ import annotations
