@@ -176,6 +176,17 @@ def begun(folder: Path, data: Path, spec: Spec = SPEC) -> Run:
 # --- stages by themselves ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stage", ["images", "features"])
+def test_what_failed_now_is_said_and_not_that_a_training_was_once_stopped(tmp_path: Path, stage: str) -> None:
+    run = begun(tmp_path, tmp_path, SPEC.with_overrides(["models=tl"]))
+    run.update_stage("train-tl", status="stopped", error="Stopped in epoch 1, step 1, on request.")
+    run.update_stage(stage, status="failed", error="There is no space.")
+    message = rf"^tl was not trained\. {stage}: There is no space\. Mend that and run the same command with --resume\.$"
+    with pytest.raises(RunError, match=message):
+        pipeline.perform(run.folder, "evaluate")
+    assert run.status == "failed"
+
+
 def test_stages_in_turn_make_a_run_and_done_again_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
     spec = SPEC.with_overrides(["models=cnn", "image.size_px=32"])
     run = begun(tmp_path / "run", tiny_set, spec)

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -445,6 +445,8 @@ class Job:
     def _require_none_stopped(self, missing: Sequence[str]) -> None:
         """Leave the test images alone while an approach is only half trained, as where Slurm's time was over."""
         records = self.run.read_stages()
+        if _failed_before_training(records):  # that a training was once stopped is not why it does not go on
+            return
         halted = [name for name in missing if records.get(f"train-{name}", {}).get("status") == "stopped"]
         if halted:
             were = "was" if len(halted) == 1 else "were"
@@ -454,11 +456,8 @@ class Job:
 
     def _why_missing(self, missing: Sequence[str]) -> str:
         records = self.run.read_stages()
-        causes = [
-            f"{stage}: {records[stage]['error']}"
-            for stage in ("images", "features", *(f"train-{name}" for name in missing))
-            if records.get(stage, {}).get("error")
-        ]
+        stages = _failed_before_training(records) or ["images", "features", *(f"train-{name}" for name in missing)]
+        causes = [f"{stage}: {records[stage]['error']}" for stage in stages if records.get(stage, {}).get("error")]
         measured = [name for name in self.spec.models if name not in missing]
         stand = "stands" if len(measured) == 1 else "stand"
         others = f"{', '.join(measured)} {stand} measured in {self.run.metrics_path}. " if measured else ""
@@ -498,6 +497,11 @@ def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, Imag
     packed = ImageStore.folder_of(manifest.get("store_key", ""))
     store = ImageStore.open(packed) if (packed / "manifest.json").exists() else survey.pack(catalog, spec, voice)
     return catalog.quarantine(store.rejected), store
+
+
+def _failed_before_training(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the stages that failed before any training: what the records of trainings say is older then."""
+    return [stage for stage in ("images", "features") if records.get(stage, {}).get("status") == "failed"]
 
 
 def _machine() -> dict[str, Any]:
