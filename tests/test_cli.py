@@ -1024,6 +1024,46 @@ def test_cache_clean_all_deletes_weights_too_and_nothing_that_is_not_ours(filled
     assert {path.name for path in filled_cache.iterdir()} == NOT_OURS
 
 
+@pytest.fixture
+def unfinished(own_cache: Path) -> Path:
+    """Features that a running process works on."""
+    folder = own_cache / ".features-0123456789abcdef.partial"
+    folder.mkdir(parents=True)
+    (folder / ".mark.tmp").write_bytes(b"x")
+    return folder
+
+
+def test_cache_clean_deletes_a_folder_whole_in_which_a_run_renames_a_file_meanwhile(
+    unfinished: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def too_late(name: str, *, dir_fd: int | None = None) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        (unfinished / ".mark.tmp").rename(unfinished / "mark.json")
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    done = call("cache", "--clean")
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 1 entries, 1 B.")
+    assert not unfinished.exists()
+
+
+def test_cache_clean_names_what_a_run_still_writes_to(
+    unfinished: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def and_another(name: str, *, dir_fd: int | None = None) -> None:
+        unlink(name, dir_fd=dir_fd)
+        (unfinished / name).write_bytes(b"x")
+
+    monkeypatch.setattr(os, "unlink", and_another)
+    assert refused("cache", "--clean", status=1) == (
+        f"Cannot delete {unfinished}: something still writes there; wait for its run to end, then run the same again."
+    )
+
+
 def test_models_exported_to_be_served_are_cleaned_away(own_cache: Path, call: Call) -> None:
     for name in ("exported-0123456789abcdef", ".exported-0123456789abcdef.x1_y2z.partial"):
         (own_cache / name).mkdir(parents=True)

@@ -6,7 +6,9 @@ load inside the verbs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +25,9 @@ from pneumoscope.specs import APPROACHES, TITLES, Spec
 
 _MADE_AGAIN = re.compile(r"\.?((images|features|bundle|exported)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
+
+_TRIES = 5
+"""How often an entry is deleted in which other processes make and rename files meanwhile."""
 
 
 class Executor(StrEnum):
@@ -89,12 +94,19 @@ def _options(
 
 
 def _delete(entry: Path) -> None:
-    try:
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    except FileNotFoundError:
-        pass  # another process was quicker
-    except OSError as error:
-        raise StoreError(f"Cannot delete {entry} ({error.strerror}); its owner can.") from error
+    for _ in range(_TRIES):
+        try:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        except FileNotFoundError:
+            pass  # another process was quicker, with the entry or with one file in it
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else something new came into it
+                raise StoreError(f"Cannot delete {entry} ({error.strerror}); its owner can.") from error
+        if not os.path.lexists(entry):
+            return
+    raise StoreError(
+        f"Cannot delete {entry}: something still writes there; wait for its run to end, then run the same again."
+    )
 
 
 def _empty(folder: Path) -> None:
