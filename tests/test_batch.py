@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pneumoscope import _files, batch, doctor, jobs, pipeline
+from pneumoscope import _backend, _files, batch, doctor, jobs, models, pipeline, stages
 from pneumoscope.errors import PneumoscopeError, RunError, UsageError
 from pneumoscope.jobs import Submitted
 from pneumoscope.narration import Narration
@@ -185,6 +185,29 @@ def test_what_failed_now_is_said_and_not_that_a_training_was_once_stopped(tmp_pa
     with pytest.raises(RunError, match=message):
         pipeline.perform(run.folder, "evaluate")
     assert run.status == "failed"
+
+
+def exhausted(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("stage", "index", "sentence"),
+    [
+        ("features", 0, "to run the frozen layers; choose a smaller image.size_px in a new folder"),
+        ("train-tl", 0, "to train with batches of 16 images; choose a smaller train.batch_size or image.size_px in a"),
+        ("train-tl", 1, "to train with batches of 16 images; choose a smaller train.batch_size or image.size_px in a"),
+    ],
+)
+def test_too_little_memory_is_told_in_every_stage_with_a_network_and_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, index: int, sentence: str
+) -> None:
+    run = begun(tmp_path, tmp_path, SPEC.with_overrides(["models=tl", "train.batch_size=16"]))
+    monkeypatch.setattr(_backend, "process", lambda _: (index, 2))
+    monkeypatch.setattr(_backend, "distribute", lambda *_, **__: None)
+    monkeypatch.setattr(models, "build", exhausted)
+    with pytest.raises(RunError, match=f"^There is not enough memory {sentence}"):
+        stages.Job(run, run.read_spec(), tmp_path, Narration("silent")).perform(stage)
 
 
 def test_stages_in_turn_make_a_run_and_done_again_change_nothing(tiny_set: Path, tmp_path: Path) -> None:

@@ -762,6 +762,21 @@ def test_images_that_the_models_were_made_with_are_no_test_of_them(
         pipeline.evaluate_run(calibrated_copy, data=Path(shutil.copytree(data / "train", tmp_path / "again")))
 
 
+def test_too_little_memory_to_score_is_told(calibrated_copy: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    job = stages.Job(calibrated_copy, calibrated_copy.read_spec(), data, Narration("silent"))
+    monkeypatch.setattr(inference, "score", exhausted)
+    for scoring in (
+        lambda: job.perform("evaluate"),
+        lambda: pipeline.evaluate_run(calibrated_copy),
+        lambda: pipeline.evaluate_run(calibrated_copy, data=data / "test"),
+    ):
+        with pytest.raises(RunError, match=r"^There is not enough memory to score and measure the images; choose a "):
+            scoring()
+
+
 def test_a_set_without_a_readable_image_measures_nothing(calibrated_copy: Run, tmp_path: Path) -> None:
     for label in ("NORMAL", "PNEUMONIA"):
         (tmp_path / "broken" / label).mkdir(parents=True)

@@ -21,7 +21,7 @@ from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import Choice
 from pneumoscope.specs import INDIFFERENT, RESEARCH_USE, Spec
-from pneumoscope.stages import Job, own_images, stages_of, status_of
+from pneumoscope.stages import Job, memory_to_judge, own_images, stages_of, status_of
 from pneumoscope.tasks import State, Task, run_local
 
 Executor = Literal["inline", "local"]
@@ -173,7 +173,8 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
             voice.warn(f"There are no baselines beside the models: {error}")
             measured = None
         note = target.read_manifest()["note"]
-        Examiner(spec, target, catalog, store, (catalog, store), measured, voice, note).examine()
+        with memory_to_judge():
+            Examiner(spec, target, catalog, store, (catalog, store), measured, voice, note).examine()
         _show(target, voice)
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
@@ -186,9 +187,10 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     note = survey.note_of(spec, data, catalog=catalog)
     of_run = _files.read_json(target.metrics_path)
     choices = {name: Choice.of_dict(of_run["models"][name]["validation"]) for name in target.trained()}
-    Examiner(spec, other, catalog, store, reference, None, voice, note).examine(
-        models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
-    )
+    with memory_to_judge():
+        Examiner(spec, other, catalog, store, reference, None, voice, note).examine(
+            models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
+        )
     card.write_card(target)  # it says how often other images were asked
     return other.metrics_path
 
