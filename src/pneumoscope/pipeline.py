@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pneumoscope import _backend, _files, _stopping, appearance, card, jobs, repeats, report, survey, tracking
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, UsageError
+from pneumoscope.errors import DataError, PneumoscopeError, RunError, StoppedEarly, UsageError
 from pneumoscope.evaluation import Examiner
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.runs import Run
@@ -178,7 +178,7 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
         _show(target, voice)
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
-    catalog = _unseen(catalog, target, voice)
+    catalog = _unseen(catalog, target, data, voice)
     other = Run(target.folder / "evaluations" / f"{data.resolve().stem}-{catalog.content_hash[:8]}")
     try:
         reference = own_images(target, spec, voice)
@@ -195,11 +195,16 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     return other.metrics_path
 
 
-def _unseen(catalog: Catalog, target: Run, voice: Narration) -> Catalog:
+def _unseen(catalog: Catalog, target: Run, data: Path, voice: Narration) -> Catalog:
     """Make test images of a set, without what the run's models have seen: there they look better than they are."""
     own = Catalog.read(target.catalog_path, root=catalog.root).rows()
     usable, used = catalog.rows()["image_id"], own.loc[own["split"] != "test", "image_id"]
     seen = usable[usable.isin(used)]
+    if 0 < len(usable) == len(seen):
+        raise DataError(
+            f"Every usable image of {data} ({len(seen):,} in all) was used to train, steer or calibrate the models of "
+            f"{target.folder}; give images that had no part in that run."
+        )
     if len(seen):
         voice.warn(
             f"{len(seen):,} of {len(usable):,} images are left out: the run's models were trained, steered or "
