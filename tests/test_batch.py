@@ -102,10 +102,28 @@ def test_folds_and_seeds_wait_for_the_packed_images_and_are_put_together_at_the_
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_where_only_the_sum_of_folds_and_seeds_is_missing_it_alone_is_submitted(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("said", "folds", "seeds", "submitted"),
+    [
+        (None, 2, 1, True),
+        ({"folds": {"folds": 2}}, 2, 1, False),
+        ({"folds": {"folds": 2}}, 2, 2, True),
+        ({"seeds": {"seeds": [42, 43]}}, 2, 2, True),
+        ({"seeds": {"seeds": [42, 43]}}, 0, 3, True),
+        ({"folds": {"folds": 2}, "seeds": {"seeds": [42, 43]}}, 2, 2, False),
+        ({"folds": {"folds": 2}, "seeds": {"seeds": [42, 43]}}, 2, 1, False),
+    ],
+)
+def test_where_only_the_sum_of_these_folds_and_seeds_is_missing_it_alone_is_submitted(
+    tiny_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any] | None,
+    folds: int,
+    seeds: int,
+    submitted: bool,
 ) -> None:
-    for part in pipeline.parts_of(SPEC, tmp_path / "run", folds=2, seeds=1):
+    for part in pipeline.parts_of(SPEC, tmp_path / "run", folds=folds, seeds=seeds):
         run = Run.create(part.run.folder, resume=False)
         _files.write_text(run.spec_path, part.spec.to_toml())
         run.update_manifest(status="finished")
@@ -117,11 +135,10 @@ def test_where_only_the_sum_of_folds_and_seeds_is_missing_it_alone_is_submitted(
 
     monkeypatch.setattr(doctor, "require", lambda *_, **__: None)  # there need be no Slurm
     monkeypatch.setattr(jobs, "submit", submit)
-    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
-    assert [(task.name, task.after) for task in asked] == [("repeats", ())]
-    _files.write_json(Run(tmp_path / "run").repeats_path, {})
-    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
-    assert len(asked) == 1
+    if said is not None:
+        _files.write_json(Run(tmp_path / "run").repeats_path, said)
+    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=folds, seeds=seeds, resume=True)
+    assert [(task.name, task.after) for task in asked] == [("repeats", ())] * submitted
 
 
 def test_without_slurm_nothing_is_begun(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -446,6 +446,31 @@ def _conclude(parts: Sequence[Part], voice: Narration) -> None:
     voice.close()
 
 
+def concluded(parts: Sequence[Part]) -> bool:
+    """Return whether what these folds and further seeds say together is written; where there are none, it is.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        From `parts_of`.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    StoreError
+        Where what was written is damaged.
+    """
+    main, folds = parts[0], sum(part.kind == "folds" for part in parts)
+    seeds = [main.spec.seed, *(part.spec.seed for part in parts if part.kind == "seeds")]
+    said = _files.read_json(main.run.repeats_path) if len(parts) > 1 and main.run.repeats_path.exists() else {}
+    return (not folds or said.get("folds", {}).get("folds") == folds) and (
+        len(seeds) == 1 or said.get("seeds", {}).get("seeds") == seeds
+    )
+
+
 def _check_same(target: Run, spec: Spec) -> None:
     earlier = target.read_spec()
     if earlier.hash != spec.hash:
