@@ -227,6 +227,29 @@ def test_too_little_memory_is_told_in_every_stage_with_a_network_and_in_every_pr
         stages.Job(run, run.read_spec(), tmp_path, Narration("silent")).perform(stage)
 
 
+def test_a_log_that_cannot_be_opened_fails_the_run_instead_of_leaving_it_running(tmp_path: Path) -> None:
+    run = begun(tmp_path, tmp_path)
+    run.log_path.mkdir()
+    with pytest.raises(RunError, match=f"^Cannot write {run.log_path}: ") as failure:
+        pipeline.perform(run.folder, "images")
+    assert (run.status, run.read_manifest()["error"]) == ("failed", str(failure.value))
+
+
+def test_where_the_manifest_cannot_be_written_the_log_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, voice = begun(tmp_path, tmp_path), Narration("silent")
+
+    def full(*_: object, **__: object) -> None:
+        raise PneumoscopeError("There is no space.")
+
+    monkeypatch.setattr(Run, "update_manifest", full)
+    with pytest.raises(PneumoscopeError, match=r"^There is no space\.$"):
+        pipeline.perform(run.folder, "images", narration=voice)
+    voice.say("Something else.")
+    assert "Something else" not in run.log_path.read_text(encoding="utf-8")
+
+
 def test_stages_in_turn_make_a_run_and_done_again_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
     spec = SPEC.with_overrides(["models=cnn", "image.size_px=32"])
     run = begun(tmp_path / "run", tiny_set, spec)

@@ -387,10 +387,10 @@ def _train_side_by_side(spec: Spec, target: Run, *, voice: Narration, stop: Call
 @contextmanager
 def _reported(target: Run, voice: Narration, *, status: bool = True) -> Iterator[None]:
     """Keep in the log what is said, and where `status` is true, in the manifest how the work inside ends."""
-    if status:
-        target.update_manifest(status="running", error=None)
-    voice.log_to(target.log_path)
     try:
+        voice.log_to(target.log_path)
+        if status:
+            target.update_manifest(status="running", error=None)
         yield
     except BaseException as error:
         voice.end(error)
