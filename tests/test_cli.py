@@ -551,9 +551,10 @@ def test_a_configuration_that_is_wrong_is_explained(data: Path, tmp_path: Path, 
         return refused("run", data, "-o", tmp_path / "out", "--config", config, status=2)
 
     assert sentence() == f"There is no configuration file {config}; check the path."
-    both = refused("run", data, "-o", tmp_path / "out", "--preset", "best", "--config", config, status=2)
-    assert both.startswith("--preset best and --config ")
-    assert both.endswith('leave --preset out and write preset = "best" at the top of the file.')
+    for preset in ("best", "default"):
+        both = refused("run", data, "-o", tmp_path / "out", "--preset", preset, "--config", config, status=2)
+        assert both.startswith(f"--preset {preset} and --config ")
+        assert both.endswith(f'leave --preset out and write preset = "{preset}" at the top of the file.')
     config.write_text("train = = 3", encoding="utf-8")
     assert re.fullmatch(
         rf"{re.escape(str(config))} is not a TOML file \(.+\); mend it or leave --config away\.", sentence()
@@ -879,6 +880,20 @@ def test_models_lists_every_layer_of_one(call: Call) -> None:
     # of a BatchNormalization that trains, half are running means, which do not
     trained = [counts[row[1]] // (2 if row[2] == "BatchNormalization" else 1) for row in rows if row[-1] == "yes"]
     assert trains == sum(trained) > 0
+
+
+def test_models_names_the_preset_that_the_settings_begin_with(tmp_path: Path, call: Call) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text('preset = "smoke"\nmodels = ["cnn"]\n', encoding="utf-8")
+    assert call("models", "--config", config).stdout.startswith("Approaches, preset smoke\n")
+    titles = [call("models", *start, "--model", "cnn").stdout for start in ((), ("--config", config))]
+    assert titles[0].startswith("cnn (CNN from scratch), preset default\n")
+    assert titles[1].startswith("cnn (CNN from scratch), preset smoke\n")
+
+
+def test_help_says_which_preset_is_taken_where_none_is_given(call: Call) -> None:
+    for verb in ("run", "inspect", "audit", "models", "doctor"):
+        assert "[default: default]" in " ".join(call(verb, "--help").stdout.split()), verb
 
 
 def test_models_needs_no_weights(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

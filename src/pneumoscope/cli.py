@@ -137,7 +137,7 @@ def demo(
 def run(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run directory to make.")],
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     models: Annotated[
@@ -272,7 +272,7 @@ def jobs(
 def inspect(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and the list of images go.")],
-    preset: Preset = "default",
+    preset: Preset = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -289,7 +289,7 @@ def audit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where audit.json and a picture of near-duplicates go.")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     settings: Settings = None,
     allow: Allow = None,
     as_json: Json = False,
@@ -341,7 +341,7 @@ def models(
     model: Annotated[
         str | None, typer.Option("--model", help=f"List every layer of one: {', '.join(APPROACHES)}.")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     as_json: Json = False,
@@ -361,7 +361,7 @@ def models(
             for r in networks.listing(network)
         ]
         voice.table(
-            f"{model} ({TITLES[model]}), preset {preset}",
+            f"{model} ({TITLES[model]}), preset {spec.preset}",
             ["number", "name", "kind", "output", "parameters", "trains"],
             rows,
         )
@@ -377,7 +377,9 @@ def models(
         total, trains = networks.count_parameters(network), networks.count_parameters(network, trainable_only=True)
         backbone = "-" if name == "cnn" else spec.backbone.name
         rows.append([name, TITLES[name], backbone, f"{total:,}", f"{trains:,}", str(networks.cut(network) or "-")])
-    voice.table(f"Approaches, preset {preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows)
+    voice.table(
+        f"Approaches, preset {spec.preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows
+    )
 
 
 @fetch_app.command("weights")
@@ -452,7 +454,7 @@ def doctor(
     data: Annotated[
         Path | None, typer.Argument(metavar="[DATA]", help="The images of a run: what would it lack here?")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     executor: Annotated[Executor, typer.Option(help="Where that run would be done.")] = Executor.INLINE,
