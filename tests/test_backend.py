@@ -105,20 +105,29 @@ def test_there_is_nothing_else_to_load() -> None:
 def test_too_little_memory_is_one_sentence_and_other_errors_pass() -> None:
     import tensorflow as tf
 
-    def fails(error: type[Exception] | None) -> None:
-        with _backend.memory_told(batch_size=256):
+    def fails(error: Exception | None) -> None:
+        with _backend.memory_told("look at 256 images", change="image.size_px"):
             if error is None:
                 np.empty(1 << 60, np.uint8)
-            elif error is tf.errors.ResourceExhaustedError:
-                raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
             else:
-                raise error("RESOURCE_EXHAUSTED: Out of memory" if error is RuntimeError else "another")
+                raise error
 
-    for kind in (None, tf.errors.ResourceExhaustedError, RuntimeError):
-        with pytest.raises(RunError, match=r"not enough memory to train with batches of 256 images; choose a smaller"):
-            fails(kind)
-    with pytest.raises(ValueError, match=r"^another$"):
-        fails(ValueError)
+    for error in (
+        None,
+        tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
+        tf.errors.InternalError(None, None, "Dst tensor is not initialized."),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),  # JAX's
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ):
+        with pytest.raises(RunError) as failure:
+            fails(error)
+        assert str(failure.value) == (
+            "There is not enough memory to look at 256 images; choose a smaller image.size_px in a new folder, or a "
+            "machine with more memory."
+        )
+    for other in (ValueError("another"), tf.errors.InternalError(None, None, "another"), RuntimeError("another")):
+        with pytest.raises(type(other), match=r"^another$"):
+            fails(other)
 
 
 def test_cores_are_those_this_process_may_use() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pneumoscope import _files, batch, doctor, jobs, pipeline
+from pneumoscope import _backend, _files, batch, doctor, jobs, models, pipeline, stages
 from pneumoscope.errors import PneumoscopeError, RunError, UsageError
 from pneumoscope.jobs import Submitted
 from pneumoscope.narration import Narration
@@ -102,10 +102,28 @@ def test_folds_and_seeds_wait_for_the_packed_images_and_are_put_together_at_the_
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_where_only_the_sum_of_folds_and_seeds_is_missing_it_alone_is_submitted(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("said", "folds", "seeds", "submitted"),
+    [
+        (None, 2, 1, True),
+        ({"folds": {"folds": 2}}, 2, 1, False),
+        ({"folds": {"folds": 2}}, 2, 2, True),
+        ({"seeds": {"seeds": [42, 43]}}, 2, 2, True),
+        ({"seeds": {"seeds": [42, 43]}}, 0, 3, True),
+        ({"folds": {"folds": 2}, "seeds": {"seeds": [42, 43]}}, 2, 2, False),
+        ({"folds": {"folds": 2}, "seeds": {"seeds": [42, 43]}}, 2, 1, False),
+    ],
+)
+def test_where_only_the_sum_of_these_folds_and_seeds_is_missing_it_alone_is_submitted(
+    tiny_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any] | None,
+    folds: int,
+    seeds: int,
+    submitted: bool,
 ) -> None:
-    for part in pipeline.parts_of(SPEC, tmp_path / "run", folds=2, seeds=1):
+    for part in pipeline.parts_of(SPEC, tmp_path / "run", folds=folds, seeds=seeds):
         run = Run.create(part.run.folder, resume=False)
         _files.write_text(run.spec_path, part.spec.to_toml())
         run.update_manifest(status="finished")
@@ -117,11 +135,10 @@ def test_where_only_the_sum_of_folds_and_seeds_is_missing_it_alone_is_submitted(
 
     monkeypatch.setattr(doctor, "require", lambda *_, **__: None)  # there need be no Slurm
     monkeypatch.setattr(jobs, "submit", submit)
-    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
-    assert [(task.name, task.after) for task in asked] == [("repeats", ())]
-    _files.write_json(Run(tmp_path / "run").repeats_path, {})
-    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=2, resume=True)
-    assert len(asked) == 1
+    if said is not None:
+        _files.write_json(Run(tmp_path / "run").repeats_path, said)
+    batch.submit(SPEC, tiny_set, tmp_path / "run", folds=folds, seeds=seeds, resume=True)
+    assert [(task.name, task.after) for task in asked] == [("repeats", ())] * submitted
 
 
 def test_without_slurm_nothing_is_begun(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +191,63 @@ def begun(folder: Path, data: Path, spec: Spec = SPEC) -> Run:
 
 
 # --- stages by themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["images", "features"])
+def test_what_failed_now_is_said_and_not_that_a_training_was_once_stopped(tmp_path: Path, stage: str) -> None:
+    run = begun(tmp_path, tmp_path, SPEC.with_overrides(["models=tl"]))
+    run.update_stage("train-tl", status="stopped", error="Stopped in epoch 1, step 1, on request.")
+    run.update_stage(stage, status="failed", error="There is no space.")
+    message = rf"^tl was not trained\. {stage}: There is no space\. Mend that and run the same command with --resume\.$"
+    with pytest.raises(RunError, match=message):
+        pipeline.perform(run.folder, "evaluate")
+    assert run.status == "failed"
+
+
+def exhausted(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("stage", "index", "sentence"),
+    [
+        ("features", 0, "to run the frozen layers; choose a smaller image.size_px in a new folder"),
+        ("train-tl", 0, "to train with batches of 16 images; choose a smaller train.batch_size or image.size_px in a"),
+        ("train-tl", 1, "to train with batches of 16 images; choose a smaller train.batch_size or image.size_px in a"),
+    ],
+)
+def test_too_little_memory_is_told_in_every_stage_with_a_network_and_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, index: int, sentence: str
+) -> None:
+    run = begun(tmp_path, tmp_path, SPEC.with_overrides(["models=tl", "train.batch_size=16"]))
+    monkeypatch.setattr(_backend, "process", lambda _: (index, 2))
+    monkeypatch.setattr(_backend, "distribute", lambda *_, **__: None)
+    monkeypatch.setattr(models, "build", exhausted)
+    with pytest.raises(RunError, match=f"^There is not enough memory {sentence}"):
+        stages.Job(run, run.read_spec(), tmp_path, Narration("silent")).perform(stage)
+
+
+def test_a_log_that_cannot_be_opened_fails_the_run_instead_of_leaving_it_running(tmp_path: Path) -> None:
+    run = begun(tmp_path, tmp_path)
+    run.log_path.mkdir()
+    with pytest.raises(RunError, match=f"^Cannot write {run.log_path}: ") as failure:
+        pipeline.perform(run.folder, "images")
+    assert (run.status, run.read_manifest()["error"]) == ("failed", str(failure.value))
+
+
+def test_where_the_manifest_cannot_be_written_the_log_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, voice = begun(tmp_path, tmp_path), Narration("silent")
+
+    def full(*_: object, **__: object) -> None:
+        raise PneumoscopeError("There is no space.")
+
+    monkeypatch.setattr(Run, "update_manifest", full)
+    with pytest.raises(PneumoscopeError, match=r"^There is no space\.$"):
+        pipeline.perform(run.folder, "images", narration=voice)
+    voice.say("Something else.")
+    assert "Something else" not in run.log_path.read_text(encoding="utf-8")
 
 
 def test_stages_in_turn_make_a_run_and_done_again_change_nothing(tiny_set: Path, tmp_path: Path) -> None:

@@ -551,9 +551,10 @@ def test_a_configuration_that_is_wrong_is_explained(data: Path, tmp_path: Path, 
         return refused("run", data, "-o", tmp_path / "out", "--config", config, status=2)
 
     assert sentence() == f"There is no configuration file {config}; check the path."
-    both = refused("run", data, "-o", tmp_path / "out", "--preset", "best", "--config", config, status=2)
-    assert both.startswith("--preset best and --config ")
-    assert both.endswith('leave --preset out and write preset = "best" at the top of the file.')
+    for preset in ("best", "default"):
+        both = refused("run", data, "-o", tmp_path / "out", "--preset", preset, "--config", config, status=2)
+        assert both.startswith(f"--preset {preset} and --config ")
+        assert both.endswith(f'leave --preset out and write preset = "{preset}" at the top of the file.')
     config.write_text("train = = 3", encoding="utf-8")
     assert re.fullmatch(
         rf"{re.escape(str(config))} is not a TOML file \(.+\); mend it or leave --config away\.", sentence()
@@ -881,6 +882,20 @@ def test_models_lists_every_layer_of_one(call: Call) -> None:
     assert trains == sum(trained) > 0
 
 
+def test_models_names_the_preset_that_the_settings_begin_with(tmp_path: Path, call: Call) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text('preset = "smoke"\nmodels = ["cnn"]\n', encoding="utf-8")
+    assert call("models", "--config", config).stdout.startswith("Approaches, preset smoke\n")
+    titles = [call("models", *start, "--model", "cnn").stdout for start in ((), ("--config", config))]
+    assert titles[0].startswith("cnn (CNN from scratch), preset default\n")
+    assert titles[1].startswith("cnn (CNN from scratch), preset smoke\n")
+
+
+def test_help_says_which_preset_is_taken_where_none_is_given(call: Call) -> None:
+    for verb in ("run", "inspect", "audit", "models", "doctor"):
+        assert "[default: default]" in " ".join(call(verb, "--help").stdout.split()), verb
+
+
 def test_models_needs_no_weights(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     done = call("models", "--preset", "smoke", "--set", "backbone.name=resnet50v2", "--model", "tl")
@@ -1022,6 +1037,46 @@ def test_cache_clean_all_deletes_weights_too_and_nothing_that_is_not_ours(filled
     done = call("cache", "--clean", "--all")
     assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 6 entries, 9.0 kB.")
     assert {path.name for path in filled_cache.iterdir()} == NOT_OURS
+
+
+@pytest.fixture
+def unfinished(own_cache: Path) -> Path:
+    """Features that a running process works on."""
+    folder = own_cache / ".features-0123456789abcdef.partial"
+    folder.mkdir(parents=True)
+    (folder / ".mark.tmp").write_bytes(b"x")
+    return folder
+
+
+def test_cache_clean_deletes_a_folder_whole_in_which_a_run_renames_a_file_meanwhile(
+    unfinished: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def too_late(name: str, *, dir_fd: int | None = None) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        (unfinished / ".mark.tmp").rename(unfinished / "mark.json")
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    done = call("cache", "--clean")
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, "Deleted 1 entries, 1 B.")
+    assert not unfinished.exists()
+
+
+def test_cache_clean_names_what_a_run_still_writes_to(
+    unfinished: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def and_another(name: str, *, dir_fd: int | None = None) -> None:
+        unlink(name, dir_fd=dir_fd)
+        (unfinished / name).write_bytes(b"x")
+
+    monkeypatch.setattr(os, "unlink", and_another)
+    assert refused("cache", "--clean", status=1) == (
+        f"Cannot delete {unfinished}: something still writes there; wait for its run to end, then run the same again."
+    )
 
 
 def test_models_exported_to_be_served_are_cleaned_away(own_cache: Path, call: Call) -> None:

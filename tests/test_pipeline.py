@@ -758,8 +758,28 @@ def test_images_that_the_models_were_made_with_are_no_test_of_them(
     assert read_json(path)["models"]["cnn"]["test"]["n"] == 16  # its own test images
     said = "44 of 60 images are left out: the run's models were trained, steered or calibrated with them."
     assert said in "".join(capsys.readouterr())
-    with pytest.raises(DataError, match=r"^No image in .* can be used \(seen in training: 44\); "):
-        pipeline.evaluate_run(calibrated_copy, data=Path(shutil.copytree(data / "train", tmp_path / "again")))
+    again = Path(shutil.copytree(data / "train", tmp_path / "again"))
+    with pytest.raises(DataError) as refusal:
+        pipeline.evaluate_run(calibrated_copy, data=again)
+    assert str(refusal.value) == (
+        f"Every usable image of {again} (44 in all) was used to train, steer or calibrate the models of "
+        f"{calibrated_copy.folder}; give images that had no part in that run."
+    )
+
+
+def test_too_little_memory_to_score_is_told(calibrated_copy: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    job = stages.Job(calibrated_copy, calibrated_copy.read_spec(), data, Narration("silent"))
+    monkeypatch.setattr(inference, "score", exhausted)
+    for scoring in (
+        lambda: job.perform("evaluate"),
+        lambda: pipeline.evaluate_run(calibrated_copy),
+        lambda: pipeline.evaluate_run(calibrated_copy, data=data / "test"),
+    ):
+        with pytest.raises(RunError, match=r"^There is not enough memory to score and measure the images; choose a "):
+            scoring()
 
 
 def test_a_set_without_a_readable_image_measures_nothing(calibrated_copy: Run, tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ from pneumoscope.errors import RunError, UsageError
 BACKENDS: tuple[str, ...] = ("tensorflow", "jax", "torch")
 
 _OUT_OF_MEMORY = {"MemoryError", "ResourceExhaustedError", "OutOfMemoryError"}  # Python's, TensorFlow's, torch's
+_OUT_OF_MEMORY_TEXTS = (  # in errors of every kind
+    "RESOURCE_EXHAUSTED",  # JAX
+    "DefaultCPUAllocator",  # torch without a GPU
+    "Dst tensor is not initialized",  # TensorFlow, copying to a GPU
+)
 _ADDRESS = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 _PROCESS_VARIABLES = (
     ("KERAS_DISTRIBUTION_PROCESS_ID", "KERAS_DISTRIBUTION_NUM_PROCESSES"),
@@ -318,13 +323,15 @@ def __getattr__(attribute: str) -> Any:
 
 
 @contextmanager
-def memory_told(*, batch_size: int) -> Iterator[None]:
+def memory_told(work: str, *, change: str) -> Iterator[None]:
     """Turn each library's own error for too little memory into a sentence, so that one approach ends and not the run.
 
     Parameters
     ----------
-    batch_size : int
-        Of the training inside.
+    work : str
+        What is done inside, for the sentence: there is not enough memory *to do it*.
+    change : str
+        The settings that it needs less with when they are smaller.
 
     Raises
     ------
@@ -335,11 +342,11 @@ def memory_told(*, batch_size: int) -> Iterator[None]:
         yield
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        if not kinds & _OUT_OF_MEMORY and "RESOURCE_EXHAUSTED" not in str(error):
+        if not kinds & _OUT_OF_MEMORY and not any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS):
             raise
         raise RunError(
-            f"There is not enough memory to train with batches of {batch_size} images; choose a smaller "
-            "train.batch_size or image.size_px in a new folder, or a machine with more memory."
+            f"There is not enough memory to {work}; choose a smaller {change} in a new folder, or a machine with more "
+            "memory."
         ) from error
 
 

@@ -24,10 +24,10 @@ Data = Annotated[
     ),
 ]
 Preset = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Where the settings begin: default, best (deep fine-tuning), tutorial (the published procedure), "
-        "demo and smoke (small, for trying and for tests)."
+        "demo and smoke (small, for trying and for tests).  [default: default]"  # None: the file of --config may say
     ),
 ]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with settings, such as a run's spec.toml.")]
@@ -47,20 +47,20 @@ Allow = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON event per line instead of text.")]
 
 
-def spec_of(preset: str, config: Path | None, settings: list[str] | None, models: str | None) -> Spec:
-    """Return the Spec that a call describes; see `Spec` for what it raises.
+def spec_of(preset: str | None, config: Path | None, settings: list[str] | None, models: str | None) -> Spec:
+    """Return the Spec that a call describes, from `default` where nothing else is said; see `Spec` for what it raises.
 
     Raises
     ------
     UsageError
         Where there is no such approach, or two places say where the settings begin.
     """
-    if config is not None and preset != "default":
+    if config is not None and preset is not None:
         raise UsageError(
             f"--preset {preset} and --config {config} both say where the settings begin; leave --preset out and write "
             f'preset = "{preset}" at the top of the file.'
         )
-    spec = Spec.from_toml(config) if config is not None else Spec.preset_named(preset)
+    spec = Spec.from_toml(config) if config is not None else Spec.preset_named("default" if preset is None else preset)
     if models is not None:
         names = [name.strip() for name in models.split(",") if name.strip()]
         unknown = [name for name in names if name not in APPROACHES]

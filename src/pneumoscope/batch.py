@@ -14,7 +14,7 @@ from pathlib import Path
 from pneumoscope import _files, doctor, jobs
 from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly
 from pneumoscope.narration import Narration
-from pneumoscope.pipeline import Part, begin, command_of, now, parts_of, say_state, task_of
+from pneumoscope.pipeline import Part, begin, command_of, concluded, now, parts_of, say_state, task_of
 from pneumoscope.runs import Run
 from pneumoscope.specs import Spec
 from pneumoscope.stages import stages_of
@@ -54,7 +54,7 @@ def submit(
     Run.create(main.folder, resume=resume)
     with main.lock():
         begun = [part for part in parts if begin(part, resume=resume).status != "finished"]
-        if not begun and (len(parts) == 1 or main.repeats_path.exists()):
+        if not begun and concluded(parts):
             voice.say(f"{main.folder} is finished already.")
             return main
         for part in begun:

@@ -6,7 +6,9 @@ load inside the verbs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +25,9 @@ from pneumoscope.specs import APPROACHES, TITLES, Spec
 
 _MADE_AGAIN = re.compile(r"\.?((images|features|bundle|exported)-[0-9a-f]{16}|demo-images)(\..+)?")
 """Cache entries that can be made again, whole or unfinished; nothing else is deleted: the folder may hold more."""
+
+_TRIES = 5
+"""How often an entry is deleted in which other processes make and rename files meanwhile."""
 
 
 class Executor(StrEnum):
@@ -89,12 +94,19 @@ def _options(
 
 
 def _delete(entry: Path) -> None:
-    try:
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    except FileNotFoundError:
-        pass  # another process was quicker
-    except OSError as error:
-        raise StoreError(f"Cannot delete {entry} ({error.strerror}); its owner can.") from error
+    for _ in range(_TRIES):
+        try:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        except FileNotFoundError:
+            pass  # another process was quicker, with the entry or with one file in it
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else something new came into it
+                raise StoreError(f"Cannot delete {entry} ({error.strerror}); its owner can.") from error
+        if not os.path.lexists(entry):
+            return
+    raise StoreError(
+        f"Cannot delete {entry}: something still writes there; wait for its run to end, then run the same again."
+    )
 
 
 def _empty(folder: Path) -> None:
@@ -125,7 +137,7 @@ def demo(
 def run(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run directory to make.")],
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     models: Annotated[
@@ -260,7 +272,7 @@ def jobs(
 def inspect(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and the list of images go.")],
-    preset: Preset = "default",
+    preset: Preset = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
@@ -277,7 +289,7 @@ def audit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where audit.json and a picture of near-duplicates go.")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     settings: Settings = None,
     allow: Allow = None,
     as_json: Json = False,
@@ -329,7 +341,7 @@ def models(
     model: Annotated[
         str | None, typer.Option("--model", help=f"List every layer of one: {', '.join(APPROACHES)}.")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     as_json: Json = False,
@@ -349,7 +361,7 @@ def models(
             for r in networks.listing(network)
         ]
         voice.table(
-            f"{model} ({TITLES[model]}), preset {preset}",
+            f"{model} ({TITLES[model]}), preset {spec.preset}",
             ["number", "name", "kind", "output", "parameters", "trains"],
             rows,
         )
@@ -365,7 +377,9 @@ def models(
         total, trains = networks.count_parameters(network), networks.count_parameters(network, trainable_only=True)
         backbone = "-" if name == "cnn" else spec.backbone.name
         rows.append([name, TITLES[name], backbone, f"{total:,}", f"{trains:,}", str(networks.cut(network) or "-")])
-    voice.table(f"Approaches, preset {preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows)
+    voice.table(
+        f"Approaches, preset {spec.preset}", ["model", "what", "backbone", "parameters", "train", "cut at"], rows
+    )
 
 
 @fetch_app.command("weights")
@@ -440,7 +454,7 @@ def doctor(
     data: Annotated[
         Path | None, typer.Argument(metavar="[DATA]", help="The images of a run: what would it lack here?")
     ] = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     config: Config = None,
     settings: Settings = None,
     executor: Annotated[Executor, typer.Option(help="Where that run would be done.")] = Executor.INLINE,

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from pneumoscope import _backend, _files, _stopping, appearance, card, jobs, repeats, report, survey, tracking
 from pneumoscope.catalog import Catalog
-from pneumoscope.errors import PneumoscopeError, RunError, StoppedEarly, UsageError
+from pneumoscope.errors import DataError, PneumoscopeError, RunError, StoppedEarly, UsageError
 from pneumoscope.evaluation import Examiner
 from pneumoscope.narration import Narration, seconds_text
 from pneumoscope.runs import Run
 from pneumoscope.scorecard import Choice
 from pneumoscope.specs import INDIFFERENT, RESEARCH_USE, Spec
-from pneumoscope.stages import Job, own_images, stages_of, status_of
+from pneumoscope.stages import Job, memory_to_judge, own_images, stages_of, status_of
 from pneumoscope.tasks import State, Task, run_local
 
 Executor = Literal["inline", "local"]
@@ -173,11 +173,12 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
             voice.warn(f"There are no baselines beside the models: {error}")
             measured = None
         note = target.read_manifest()["note"]
-        Examiner(spec, target, catalog, store, (catalog, store), measured, voice, note).examine()
+        with memory_to_judge():
+            Examiner(spec, target, catalog, store, (catalog, store), measured, voice, note).examine()
         _show(target, voice)
         return target.metrics_path
     catalog, store = survey.read_images(spec, data, voice, divide=False)
-    catalog = _unseen(catalog, target, voice)
+    catalog = _unseen(catalog, target, data, voice)
     other = Run(target.folder / "evaluations" / f"{data.resolve().stem}-{catalog.content_hash[:8]}")
     try:
         reference = own_images(target, spec, voice)
@@ -186,18 +187,24 @@ def evaluate_run(target: Run, *, data: Path | None = None, narration: Narration 
     note = survey.note_of(spec, data, catalog=catalog)
     of_run = _files.read_json(target.metrics_path)
     choices = {name: Choice.of_dict(of_run["models"][name]["validation"]) for name in target.trained()}
-    Examiner(spec, other, catalog, store, reference, None, voice, note).examine(
-        models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
-    )
+    with memory_to_judge():
+        Examiner(spec, other, catalog, store, reference, None, voice, note).examine(
+            models_of=target, choices=choices, chosen_on=of_run["chosen_on"]
+        )
     card.write_card(target)  # it says how often other images were asked
     return other.metrics_path
 
 
-def _unseen(catalog: Catalog, target: Run, voice: Narration) -> Catalog:
+def _unseen(catalog: Catalog, target: Run, data: Path, voice: Narration) -> Catalog:
     """Make test images of a set, without what the run's models have seen: there they look better than they are."""
     own = Catalog.read(target.catalog_path, root=catalog.root).rows()
     usable, used = catalog.rows()["image_id"], own.loc[own["split"] != "test", "image_id"]
     seen = usable[usable.isin(used)]
+    if 0 < len(usable) == len(seen):
+        raise DataError(
+            f"Every usable image of {data} ({len(seen):,} in all) was used to train, steer or calibrate the models of "
+            f"{target.folder}; give images that had no part in that run."
+        )
     if len(seen):
         voice.warn(
             f"{len(seen):,} of {len(usable):,} images are left out: the run's models were trained, steered or "
@@ -380,10 +387,10 @@ def _train_side_by_side(spec: Spec, target: Run, *, voice: Narration, stop: Call
 @contextmanager
 def _reported(target: Run, voice: Narration, *, status: bool = True) -> Iterator[None]:
     """Keep in the log what is said, and where `status` is true, in the manifest how the work inside ends."""
-    if status:
-        target.update_manifest(status="running", error=None)
-    voice.log_to(target.log_path)
     try:
+        voice.log_to(target.log_path)
+        if status:
+            target.update_manifest(status="running", error=None)
         yield
     except BaseException as error:
         voice.end(error)
@@ -437,6 +444,31 @@ def _conclude(parts: Sequence[Part], voice: Narration) -> None:
         for sentence in part["sentences"]:
             voice.say(f"  {sentence}")
     voice.close()
+
+
+def concluded(parts: Sequence[Part]) -> bool:
+    """Return whether what these folds and further seeds say together is written; where there are none, it is.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        From `parts_of`.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    StoreError
+        Where what was written is damaged.
+    """
+    main, folds = parts[0], sum(part.kind == "folds" for part in parts)
+    seeds = [main.spec.seed, *(part.spec.seed for part in parts if part.kind == "seeds")]
+    said = _files.read_json(main.run.repeats_path) if len(parts) > 1 and main.run.repeats_path.exists() else {}
+    return (not folds or said.get("folds", {}).get("folds") == folds) and (
+        len(seeds) == 1 or said.get("seeds", {}).get("seeds") == seeds
+    )
 
 
 def _check_same(target: Run, spec: Spec) -> None:

@@ -10,8 +10,8 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -39,6 +39,9 @@ from pneumoscope.narration import Bar, Narration, seconds_text
 from pneumoscope.runs import Run, Status
 from pneumoscope.specs import PRETRAINED, TITLES, Spec, TrainSpec
 from pneumoscope.store import ImageStore
+
+_NEEDS_MEMORY = "train.batch_size or image.size_px"
+"""What decides how much memory training and scoring take."""
 
 
 def stages_of(spec: Spec) -> list[str]:
@@ -272,6 +275,7 @@ class Job:
             f"  Computing with {machine.backend} on {', '.join(machine.devices)}, {machine.threads} threads."
         )
 
+    @_backend.memory_told("run the frozen layers", change="image.size_px")  # their batches are always the same
     def _features(self, shard: tuple[int, int] | None = None) -> None:
         """Run the frozen layers once, for all approaches that still have to be trained on them."""
         waiting = [name for name in self.spec.models if not self.run.model_path(name).exists()]
@@ -316,7 +320,7 @@ class Job:
             self.voice.stage(f"Training {name} ({title})"),
             self.voice.bar(name, unit="steps") as bar,
             _stopping.patient(),
-            _backend.memory_told(batch_size=spec.train.batch_size),
+            self._memory_to_train(),
         ):
             model = models.build(name, spec)
             progress = _Epochs(bar, spec.train)
@@ -345,6 +349,10 @@ class Job:
         self._draw_history(name, history)
         _save_model(model, self.run.model_path(name))
 
+    def _memory_to_train(self) -> AbstractContextManager[None]:
+        work = f"train with batches of {self.spec.train.batch_size} images"
+        return _backend.memory_told(work, change=_NEEDS_MEMORY)
+
     def _note_training(self, model: models.Model, history: training.History) -> None:
         """Keep what the network is and what its epochs cost, those of earlier parts among them."""
         cached = models.cut(model) is not None and self.spec.features.cache
@@ -367,10 +375,11 @@ class Job:
         _backend.distribute(self.spec.train.devices, batch_size=self.spec.train.batch_size)
         if self.run.model_path(name).exists():
             return
-        model, checkpoint = models.build(name, self.spec), self.run.checkpoint_path(name)
-        training.train(
-            model, self._seen.store, self._seen.catalog, spec=self.spec, checkpoint=checkpoint, stop=self._stop
-        )
+        with self._memory_to_train():
+            model, checkpoint = models.build(name, self.spec), self.run.checkpoint_path(name)
+            training.train(
+                model, self._seen.store, self._seen.catalog, spec=self.spec, checkpoint=checkpoint, stop=self._stop
+            )
 
     def _draw_history(self, name: str, history: training.History) -> None:
         for kind in ("accuracy", "loss"):
@@ -436,7 +445,8 @@ class Job:
             if seen.measured is None:
                 seen = self._seen = replace(seen, measured=appearance.look(seen.catalog, seen.store).measures)
             own = (seen.catalog, seen.store)
-            speeds = Examiner(self.spec, self.run, *own, own, seen.measured, self.voice, seen.note).examine()
+            with memory_to_judge():
+                speeds = Examiner(self.spec, self.run, *own, own, seen.measured, self.voice, seen.note).examine()
             self._mirrors.measured()
             self._note(speeds=speeds, machine=_machine())
         if missing:
@@ -445,6 +455,8 @@ class Job:
     def _require_none_stopped(self, missing: Sequence[str]) -> None:
         """Leave the test images alone while an approach is only half trained, as where Slurm's time was over."""
         records = self.run.read_stages()
+        if _failed_before_training(records):  # that a training was once stopped is not why it does not go on
+            return
         halted = [name for name in missing if records.get(f"train-{name}", {}).get("status") == "stopped"]
         if halted:
             were = "was" if len(halted) == 1 else "were"
@@ -454,11 +466,8 @@ class Job:
 
     def _why_missing(self, missing: Sequence[str]) -> str:
         records = self.run.read_stages()
-        causes = [
-            f"{stage}: {records[stage]['error']}"
-            for stage in ("images", "features", *(f"train-{name}" for name in missing))
-            if records.get(stage, {}).get("error")
-        ]
+        stages = _failed_before_training(records) or ["images", "features", *(f"train-{name}" for name in missing)]
+        causes = [f"{stage}: {records[stage]['error']}" for stage in stages if records.get(stage, {}).get("error")]
         measured = [name for name in self.spec.models if name not in missing]
         stand = "stands" if len(measured) == 1 else "stand"
         others = f"{', '.join(measured)} {stand} measured in {self.run.metrics_path}. " if measured else ""
@@ -467,6 +476,11 @@ class Job:
             f"{', '.join(missing)} {were} not trained. {' '.join(causes) or 'Its job left no reason.'} {others}"
             "Mend that and run the same command with --resume."
         )
+
+
+def memory_to_judge() -> AbstractContextManager[None]:
+    """Return what turns too little memory for the `Examiner` inside into a sentence, as a RunError."""
+    return _backend.memory_told("score and measure the images", change=_NEEDS_MEMORY)
 
 
 def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, ImageStore]:
@@ -498,6 +512,11 @@ def own_images(target: Run, spec: Spec, voice: Narration) -> tuple[Catalog, Imag
     packed = ImageStore.folder_of(manifest.get("store_key", ""))
     store = ImageStore.open(packed) if (packed / "manifest.json").exists() else survey.pack(catalog, spec, voice)
     return catalog.quarantine(store.rejected), store
+
+
+def _failed_before_training(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the stages that failed before any training: what the records of trainings say is older then."""
+    return [stage for stage in ("images", "features") if records.get(stage, {}).get("status") == "failed"]
 
 
 def _machine() -> dict[str, Any]:
