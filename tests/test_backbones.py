@@ -408,6 +408,8 @@ class Server(ThreadingHTTPServer):
     limit: int | None = None
     resumes = True
     status: int | None = None
+    kind = "application/octet-stream"
+    tells_length = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -427,7 +429,9 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.resumes else 0
         body = self.server.payload[start:]
         self.send_response(self.server.status or (206 if start else 200))
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", self.server.kind)
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.limit])
 
@@ -510,6 +514,21 @@ def test_a_page_in_place_of_the_file_is_not_kept(server: Server, own_cache: Path
     ):
         backbones.fetch_weights("mobilenetv2", url=server.url)
     assert list((own_cache / "weights").iterdir()) == []
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_page_of_unknown_length_replaces_no_part_of_the_file(resumes: bool, server: Server, own_cache: Path) -> None:
+    server.limit = 2_000_000
+    with pytest.raises(WeightsError, match="are kept"):
+        backbones.fetch_weights("mobilenetv2", url=server.url)
+    (part,) = (own_cache / "weights").iterdir()
+    server.payload, server.resumes = 2_000_000 * b"x" + b"<html>please log in</html>", resumes
+    server.limit, server.tells_length, server.kind = None, False, "text/html; charset=utf-8"
+    with pytest.raises(
+        WeightsError, match=r"\(the answer is a web page, not a file; .*2,000,000 of 3,000,000 bytes are kept, run the"
+    ):
+        backbones.fetch_weights("mobilenetv2", url=server.url)
+    assert part.read_bytes() == PAYLOAD[:2_000_000]
 
 
 def test_two_downloads_of_one_file_do_not_meet(server: Server, own_cache: Path) -> None:

@@ -364,6 +364,24 @@ def test_an_array_that_claims_more_than_the_file_holds_is_refused_before_it_is_l
         Catalog.scan(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("()", "(2, 8, 8)"), ("'|u1'", "(True, 8, 8)"), ("'|u1'", f"({10**30}, 0, 8)")]
+)
+def test_an_array_whose_header_numpy_stumbles_over_is_refused(tmp_path: Path, kind: str, shape: str) -> None:
+    words = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}}}"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(words)) + words.encode() + bytes(128)
+    path = zipped(tmp_path / "x.npz", {"train_images.npy": array})
+    with pytest.raises(DataError, match=r"x\.npz cannot be read as an array file \(.*\); get it again\."):
+        Catalog.scan(path)
+
+
+def test_the_array_that_was_looked_at_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "x.npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_images", b"what numpy would give under the shorter name")
+    assert len(Catalog.scan(path).table) == 22
+
+
 @pytest.mark.parametrize("content", [b"", b"no array file"])
 def test_a_broken_array_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
@@ -532,6 +550,14 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     assert "a.zip cannot be read as a .zip (File is not a zip file); get it again." in refusal(
         manifest(tmp_path / "a.zip", "no archive")
     )
+
+
+def test_an_archive_with_an_entry_of_a_later_zip_version_is_refused(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {"NORMAL/a.png": picture(1), "PNEUMONIA/b.png": picture(2)})
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 99  # the version that it takes to unpack the first
+    archive.write_bytes(data)
+    assert refusal(archive) == f"{archive} cannot be read as a .zip (zip file version 9.9); get it again."
 
 
 def test_damaged_and_encrypted_members_are_quarantined(tmp_path: Path) -> None:

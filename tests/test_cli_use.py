@@ -153,6 +153,17 @@ def test_an_export_that_was_broken_off_hinders_no_later_one(
     assert _chosen.bundle_of(f"{run.folder}:cnn").description.model == "cnn"
 
 
+@pytest.mark.parametrize("gone", ["bundle.json", "model.onnx"])
+def test_what_a_broken_off_deletion_left_in_the_cache_is_exported_anew(
+    run: Run, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    monkeypatch.setenv("PNEUMOSCOPE_CACHE", str(tmp_path / "cache"))
+    left = shutil.copytree(bundle.folder, tmp_path / "cache" / bundle.folder.name)
+    (left / gone).unlink()
+    found = _chosen.bundle_of(f"{run.folder}:cnn")
+    assert (found.folder, found.description.model) == (left, "cnn")
+
+
 def test_a_bundle_that_was_changed_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
     network = (folder / "model.onnx").read_bytes()

@@ -108,6 +108,8 @@ class Server:
                 await refuse(send, 401, {})
             elif scope["path"] == "/predict":
                 await self._predict(app, scope, receive, send)
+            elif scope["path"] == "/evidence" and self.other_model:
+                await app(scope, receive, of_another_model(send))
             else:
                 await app(scope, receive, send)
 
@@ -145,6 +147,17 @@ class Server:
             await app(scope, replay, renamed if self.other_model else send)
         finally:
             self.at_once -= 1
+
+
+def of_another_model(send: Any) -> Any:
+    """Turn the hash around that says which model made a picture."""
+
+    async def renamed(message: Any) -> None:
+        headers = message.get("headers", [])
+        listed = [(name, value[::-1] if name == b"x-model" else value) for name, value in headers]
+        await send(message | {"headers": listed} if headers else message)
+
+    return renamed
 
 
 async def refuse(send: Any, status: int, headers: dict[str, str]) -> None:
@@ -572,6 +585,16 @@ def test_scores_of_another_model_get_no_call(page: Page, two: list[Path]) -> Non
     page.choose(*two)
     assert [row["reason"] for row in page.rows()] == ["The server has another model now; load the page again."] * 2
     assert [row["score"] for row in page.rows()] == ["", ""]
+
+
+def test_evidence_of_another_model_is_not_drawn_beside_the_scores_of_the_first(page: Page, two: list[Path]) -> None:
+    page.open().choose(*two)
+    page.shows_picture()
+    page.server.other_model = True
+    page["evidence"].click()
+    page.until(lambda: "another model now; load the page again" in page["status"].text)
+    pixels = page.pixels()
+    assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------

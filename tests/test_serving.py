@@ -244,6 +244,13 @@ def test_the_overlay_is_blue_where_evidence_speaks_for_normal_and_red_where_for_
     assert answer.headers["x-call"] == scored["call"]
 
 
+@pytest.mark.parametrize("layer", ["overlay", "evidence", "image"])
+def test_a_picture_says_which_model_answered(app: FastAPI, layer: str) -> None:
+    answer = served.post(app, f"/evidence?layer={layer}", [("a", GOOD)])
+    model = served.post(app, "/predict", [("a", GOOD)]).json()["model"]
+    assert answer.headers["x-model"] == model["sha256"] != ""
+
+
 def test_evidence_alone_is_clear_where_there_is_none(app: FastAPI) -> None:
     pixels = np.full((64, 64), 127, dtype=np.uint8)
     pixels[:16, :16], pixels[-16:, -16:] = 255, 0

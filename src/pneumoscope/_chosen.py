@@ -5,13 +5,14 @@ Owns the meaning of MODEL on the command line. Loads no network.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from pneumoscope import _files
 from pneumoscope.bundle import Bundle, is_bundle
-from pneumoscope.errors import PneumoscopeError, RunError, UsageError
+from pneumoscope.errors import PneumoscopeError, RunError, StoreError, UsageError
 from pneumoscope.runs import Run
 
 SHIPPED = Path(__file__).with_name("shipped")
@@ -100,7 +101,10 @@ def bundle_of(text: str | None) -> Bundle:
         return found
     run, model = found
     folder = _files.cache_dir() / f"exported-{_files.sha256_of_file(run.model_path(model))[:16]}"
-    if not is_bundle(folder):
+    try:
+        return Bundle.open(folder)
+    except StoreError:  # it is not there yet, or not whole: a deletion of the cache was broken off
+        shutil.rmtree(folder, ignore_errors=True)
         _files.build_folder(folder, lambda place: _export(run, model, place))
     return Bundle.open(folder)
 

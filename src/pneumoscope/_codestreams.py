@@ -28,7 +28,10 @@ _JPEG_2000 = b"\xff\x4f\xff\x51"  # the first two markers of a codestream, which
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 and JPEG-LS, without DHT, JPG and DAC
 _RESTARTS = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+# Libjpeg skips all before the next marker, and takes those that are not here for markers without a length, or for none.
+_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
 _MOST_SCANS = 100  # progressive files have about ten; each decodes the whole picture once more
+_MOST_SEGMENTS = 10_000  # of 64 kB each they would be 640 MB; a loop in Python follows them
 _CHUNK_BYTES = 1 << 17  # looked at together: some MB of tables, whatever the stream's length
 _MARGIN_BYTES = 512  # no block of 64 coefficients is longer
 _ZIGZAG = np.array([  # figure A.6, as row * 8 + column
@@ -161,10 +164,15 @@ def require_few_scans(data: bytes) -> None:
     Raises
     ------
     ImageError
-        Where a JPEG has over 100 scans.
+        Where a JPEG has over 100 scans, or so many segments that nobody can tell.
     """
-    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
-        raise ImageError("damaged", f"The JPEG has {scans:,} scans; at most {_MOST_SCANS} are decoded. Save it anew.")
+    # Counting the marker's bytes takes no time; they may stand in comments too, or behind the picture, as in a video.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS and _has_many_scans(data):
+        raise ImageError(
+            "damaged",
+            f"The JPEG has over {_MOST_SCANS} scans, or over {_MOST_SEGMENTS:,} segments; no more are decoded. "
+            "Save it anew.",
+        )
 
 
 def decode_rle(data: bytes, *, size: int, n_segments: int) -> list[bytes]:
@@ -250,6 +258,20 @@ def _parse(data: bytes, *, until_scan: bool) -> _Stream:
         if marker == 0xDA or (stream.frame is not None and not until_scan):
             return stream
     raise _truncated()
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Walk the segments of the first picture: more scans than are decoded, or more segments than are looked at."""
+    scans, at = 0, 2
+    for _ in range(_MOST_SEGMENTS):
+        found = _SEGMENT.search(data, at)
+        if found is None or found[1] == b"\xd9":
+            return False
+        scans += found[1] == b"\xda"
+        if scans > _MOST_SCANS:
+            return True
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2]))
+    return True
 
 
 def _take_segment(stream: _Stream, marker: int, body: bytes) -> None:

@@ -33,6 +33,8 @@ def read_array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtyp
         raise ValueError("NPY version 1.0 was expected")
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_LONGEST)
-    except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
+    except (ValueError, LookupError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
         raise ValueError("its header describes no array of numbers") from error
+    if any(isinstance(side, bool) for side in shape):  # which numpy takes for numbers here, and not where it reads
+        raise ValueError(f"its header describes an array of shape {shape}")
     return shape, fortran, dtype

@@ -316,7 +316,7 @@ def members(archive: Path, reader: Reader) -> tuple[list[File], Counter[str]]:
     """
     try:
         entries = _files.archive_members(reader.archive(archive), name=str(archive))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, *_files.BROKEN_ARCHIVE) as error:
         raise DataError(f"{archive} cannot be read as a .zip ({error}); get it again.") from error
     files: dict[str, File] = {}
     for entry in entries:
@@ -374,9 +374,9 @@ def _load_array(path: Path, name: str) -> npt.NDArray[Any]:
                 f"{_files.size_text(MAX_ARRAY_BYTES)} at most, were expected, so do not use this file."
             )
         with np.load(path, allow_pickle=False) as arrays:
-            loaded: npt.NDArray[Any] = arrays[name]
+            loaded: npt.NDArray[Any] = arrays[member]  # by its whole name: there may be another without the suffix
             return loaded
-    except (OSError, ValueError, RuntimeError, *_files.BROKEN_ARCHIVE) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError, *_files.BROKEN_ARCHIVE) as error:
         raise DataError(f"{path} cannot be read as an array file ({error}); get it again.") from error
 
 

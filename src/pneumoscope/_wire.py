@@ -99,6 +99,7 @@ PICTURE: Final[Responses] = {
         "headers": {
             "X-Score": {"schema": {"type": "number"}, "description": "The score."},
             "X-Call": {"schema": {"type": "string"}, "description": "NORMAL or PNEUMONIA."},
+            "X-Model": {"schema": {"type": "string"}, "description": "Which model answered: sha256 of model.onnx."},
         },
     }
 }

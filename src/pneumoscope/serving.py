@@ -451,7 +451,11 @@ def _add_answers(app: FastAPI, service: _Service) -> None:
                 png = await service.in_thread(
                     draw, outcome.picture.pixels, outcome.answer.evidence, service.predictor.description
                 )
-        headers = {"X-Score": repr(outcome.answer.score), "X-Call": outcome.answer.call}
+        headers = {
+            "X-Score": repr(outcome.answer.score),
+            "X-Call": outcome.answer.call,
+            "X-Model": _model(service)["sha256"],
+        }
         return Response(png, media_type="image/png", headers=headers)
 
 

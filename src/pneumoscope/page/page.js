@@ -95,6 +95,11 @@ async function call(path, { body, signal } = {}) {
   }
 }
 
+/** Refuse what another model than the page's own has answered: it would stand beside this one's scores and threshold. */
+function requireSameModel(sha256) {
+  if (sha256 !== state.model.sha256) throw new Refusal("The server has another model now; load the page again.");
+}
+
 /** Files under neutral names: what the file is called may name a patient, and the server has no need of it. */
 function formOf(items) {
   const form = new FormData();
@@ -179,7 +184,7 @@ async function send(items, signal) {
     if (!response.ok && response.status !== 422) throw new Refusal(await sentenceOf(response));
     const answer = await response.json();
     if (answer.results?.length !== items.length) throw new Refusal(typeof answer.detail === "string" ? answer.detail : "The server’s answer does not fit the question.");
-    if (answer.model?.sha256 !== state.model.sha256) throw new Refusal("The server has another model now; load the page again.");
+    requireSameModel(answer.model?.sha256);
     items.forEach((item, number) => {
       const { score, probability, assessable, reason } = answer.results[number];
       settle(item, { status: score === null ? "unreadable" : "done", score, probability, assessable, reason: reason ?? "" });
@@ -441,6 +446,7 @@ async function isPlain(file) {
 async function layerOf(item, layer) {
   const response = await call(`evidence?layer=${layer}`, { body: formOf([item]), signal: stop.signal });
   if (!response.ok) throw new Refusal(await sentenceOf(response));
+  requireSameModel(response.headers.get("X-Model"));
   return createImageBitmap(await response.blob(), { colorSpaceConversion: "none" });
 }
 
