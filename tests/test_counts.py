@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import norm
 from sklearn import metrics as sk
 from statsmodels.stats.proportion import proportion_confint
 
-from pneumoscope import counts
+from pneumoscope import counts, intervals
 from pneumoscope.counts import FIGURES, Confusion
 from pneumoscope.errors import UsageError
 
@@ -219,3 +222,61 @@ def test_a_level_out_of_range_is_refused(level: float) -> None:
     assert str(caught.value) == (
         f"The level of an interval is {level}; give a share between 0 and 1, for example 0.95."
     )
+
+
+# --- Wilson, by group ------------------------------------------------------------------------------------------------
+
+
+def by_group(part: Any, groups: Any, **more: Any) -> intervals.Interval:
+    found = counts.wilson_by_group(part, np.full(len(part), True), groups, **more)
+    assert found is not None
+    return found
+
+
+def test_images_that_are_all_of_one_patient_each_have_the_interval_of_wilson() -> None:
+    part = np.arange(100) < 40
+    found, plain = by_group(part, np.arange(100)), intervals.wilson(40, 100)
+    assert plain is not None
+    # the groups' variance has 99 in its denominator where the binomial one has 100
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=1e-3)
+    assert found.method == "wilson by group"
+
+
+def test_copies_of_an_image_tell_nothing_new() -> None:
+    part = np.arange(50) % 5 > 0
+    alone, copied = by_group(part, np.arange(50)), by_group(np.repeat(part, 8), np.repeat(np.arange(50), 8))
+    assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+
+
+def test_the_design_effect_is_that_of_the_linearised_ratio() -> None:
+    # Rao and Scott 1992: v = m / (m - 1) * sum((x - share * size)^2) / n^2, d = n v / (share (1 - share))
+    x, sizes = np.array([3, 0, 2, 1]), np.array([3, 2, 2, 4])
+    part = np.concatenate([np.arange(size) < successes for successes, size in zip(x, sizes, strict=True)])
+    share, n = 6 / 11, 11
+    v = 4 / 3 * ((x - share * sizes) ** 2).sum() / n**2
+    worth = share * (1 - share) / v
+    z = 1.959963984540054
+    middle = (share * worth + z**2 / 2) / (worth + z**2)
+    half = z / (worth + z**2) * math.sqrt(worth * share * (1 - share) + z**2 / 4)
+    found = by_group(part, np.repeat(list("abcd"), sizes))
+    assert worth < n
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), min_size=1, max_size=60))
+def test_by_group_is_never_narrower_than_by_image(rows: list[tuple[bool, int]]) -> None:
+    part, groups = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    found, plain = by_group(part, groups), intervals.wilson(int(part.sum()), len(part))
+    assert plain is not None
+    assert 0 <= found.low <= part.mean() <= found.high <= 1
+    assert found.high - found.low >= plain.high - plain.low - 1e-12
+
+
+def test_a_perfect_share_counts_each_group_once() -> None:
+    found, plain = by_group(np.full(30, True), np.repeat(np.arange(10), 3)), intervals.wilson(10, 10)
+    assert plain is not None
+    assert (found.low, found.high) == (plain.low, plain.high)
+
+
+def test_a_share_of_no_image_has_no_interval() -> None:
+    assert counts.wilson_by_group([True], [False], ["a"]) is None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pneumoscope.intervals import LEVEL, Interval, wilson, wilson_by_group
+from pneumoscope.intervals import LEVEL, Interval, check_level, wilson
 
 FIGURES: tuple[str, ...] = (
     "accuracy",
@@ -224,6 +224,55 @@ def confusion(labels: npt.NDArray[np.int8], scores: npt.NDArray[np.float64], *, 
     )
 
 
+def wilson_by_group(
+    successes: npt.ArrayLike, counted: npt.ArrayLike, groups: npt.ArrayLike, *, level: float = LEVEL
+) -> Interval | None:
+    """Return Wilson's interval of a share whose images come in groups, from as many images as they are worth.
+
+    Images of one patient are alike, so that n of them say as much as n / d independent ones; the design effect d comes
+    from how the groups differ (Rao and Scott 1992, https://doi.org/10.2307/2532311). It is taken as 1 where it would be
+    less, so that the interval is never narrower than `wilson`'s. A share of 0 or 1 does not tell how alike the images
+    of a group are: each group then counts as one image.
+
+    Parameters
+    ----------
+    successes : array_like of bool, shape (n,)
+        Which images belong to the part.
+    counted : array_like of bool, shape (n,)
+        Which belong to the whole.
+    groups : array_like of str or int, shape (n,)
+        The group of each image.
+    level : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    Interval or None
+        In [0, 1]; None where no image is counted.
+
+    Raises
+    ------
+    UsageError
+        Where `level` is not between 0 and 1.
+    """
+    check_level(level)
+    whole = np.asarray(counted, dtype=bool)
+    part = np.asarray(successes, dtype=bool)[whole]
+    n = len(part)
+    if not n:
+        return None
+    named, place = np.unique(np.asarray(groups)[whole], return_inverse=True)
+    share, m = float(part.mean()), len(named)
+    if 0 < share < 1 and m > 1:
+        differing = np.bincount(place, weights=part - share)  # of each group: its successes less those of the mean
+        effect = float(differing @ differing) * m / (m - 1) / (n * share * (1 - share))
+        worth = n / max(1.0, effect)
+    else:
+        worth = float(m)
+    found = wilson(share * worth, worth, level=level)
+    return found and replace(found, method="wilson by group")
+
+
 def intervals_by_group(
     labels: npt.NDArray[np.int8],
     scores: npt.NDArray[np.float64],
@@ -246,7 +295,7 @@ def intervals_by_group(
     Returns
     -------
     dict of str to (Interval or None)
-        From `intervals.wilson_by_group`, that of F1 as in `Confusion.intervals`; None where the figure is undefined.
+        From `wilson_by_group`, that of F1 as in `Confusion.intervals`; None where the figure is undefined.
 
     Raises
     ------

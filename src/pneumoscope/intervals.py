@@ -1,9 +1,8 @@
 """How sure a figure is: confidence intervals, paired tests, and the bootstrap that resamples whole groups.
 
-Owns Wilson's interval of a share, also of one whose images come in groups, DeLong's interval and test of the area under
-the ROC curve, McNemar's test, and percentile intervals over resampled groups. Where a method would give an interval of
-no width, the interval is ``None`` with the reason, for a width of 0 claims a certainty that nobody has. Knows nothing
-of Predictions, models or files.
+Owns Wilson's interval of a share, DeLong's interval and test of the area under the ROC curve, McNemar's test, and
+percentile intervals over resampled groups. Where a method would give an interval of no width, the interval is ``None``
+with the reason, for a width of 0 claims a certainty that nobody has. Knows nothing of Predictions, models or files.
 """
 
 from __future__ import annotations
@@ -151,14 +150,14 @@ def check_level(level: float) -> None:
 # --- one share -------------------------------------------------------------------------------------------------------
 
 
-def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval | None:
+def wilson(successes: float, n: float, *, level: float = LEVEL) -> Interval | None:
     """Return the score interval of a share (Wilson 1927), which holds its level even near 0 and 1.
 
     Parameters
     ----------
-    successes : int
-        From 0 to `n`.
-    n : int
+    successes : float
+        From 0 to `n`; whole, but where images are worth fewer than there are (`counts.wilson_by_group`).
+    n : float
         Trials, 0 or more; each is taken as independent of the others.
     level : float
         Between 0 and 1.
@@ -175,66 +174,15 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval | None:
     """
     if not 0 <= successes <= n:
         raise UsageError(f"There are {successes} successes in {n} trials; give a number from 0 to {n}.")
-    check_level(level)
-    return Interval(*_score_interval(successes, n, level), "wilson", level) if n else None
-
-
-def wilson_by_group(
-    successes: npt.ArrayLike, counted: npt.ArrayLike, groups: npt.ArrayLike, *, level: float = LEVEL
-) -> Interval | None:
-    """Return Wilson's interval of a share whose images come in groups, from as many images as they are worth.
-
-    Images of one patient are alike, so that n of them say as much as n / d independent ones; the design effect d comes
-    from how the groups differ (Rao and Scott 1992, https://doi.org/10.2307/2532311). It is taken as 1 where it would be
-    less, so that the interval is never narrower than `wilson`'s. A share of 0 or 1 does not tell how alike the images
-    of a group are: each group then counts as one image.
-
-    Parameters
-    ----------
-    successes : array_like of bool, shape (n,)
-        Which images belong to the part.
-    counted : array_like of bool, shape (n,)
-        Which belong to the whole.
-    groups : array_like of str or int, shape (n,)
-        The group of each image.
-    level : float
-        Between 0 and 1.
-
-    Returns
-    -------
-    Interval or None
-        In [0, 1]; None where no image is counted.
-
-    Raises
-    ------
-    UsageError
-        Where `level` is not between 0 and 1.
-    """
-    check_level(level)
-    whole = np.asarray(counted, dtype=bool)
-    part = np.asarray(successes, dtype=bool)[whole]
-    n = len(part)
+    z = _quantile(level)
     if not n:
         return None
-    named, place = np.unique(np.asarray(groups)[whole], return_inverse=True)
-    share, m = float(part.mean()), len(named)
-    if 0 < share < 1 and m > 1:
-        differing = np.bincount(place, weights=part - share)  # of each group: its successes less those of the mean
-        effect = float(differing @ differing) * m / (m - 1) / (n * share * (1 - share))
-        worth = n / max(1.0, effect)
-    else:
-        worth = float(m)
-    return Interval(*_score_interval(share * worth, worth, level), "wilson by group", level)
-
-
-def _score_interval(successes: float, n: float, level: float) -> tuple[float, float]:
-    z = _quantile(level)
     middle = (successes + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * math.sqrt(successes * (n - successes) / n + z**2 / 4)
     # at the ends the formula gives 0 and 1 but for rounding
     low = max(0.0, middle - half) if successes else 0.0
     high = min(1.0, middle + half) if successes < n else 1.0
-    return low, high
+    return Interval(low, high, "wilson", level)
 
 
 # --- the area under the ROC curve ------------------------------------------------------------------------------------
