@@ -179,6 +179,29 @@ def test_the_card_says_whether_images_are_compressed_before_they_are_scored(made
     assert "compressed as a JPEG of quality 60 and decoded again" in " ".join(card.text(facts).split())
 
 
+def test_the_card_gives_the_command_that_makes_such_a_run(made: Made) -> None:
+    facts = card.facts_of(made())
+    facts["data"]["name"] = "my data"
+    facts["spec"] = (
+        Spec.preset_named("best").with_overrides(["seed=7", 'models=["ft", "best"]']).model_dump(mode="json")
+    )
+    said = shown(card.text(facts))
+    assert (
+        "Made by: pneumoscope run 'my data' -o RUN --preset best --set seed=7 --set 'models=[\"ft\", \"best\"]'."
+        in said
+    )
+    facts["spec"] = Spec.preset_named("best").model_dump(mode="json")
+    assert "-o RUN --preset best." in shown(card.text(facts))
+    facts["spec"]["preset"] = "of long ago"
+    assert "Made by" not in card.text(facts)
+
+
+def test_the_card_names_pairs_that_look_alike(made: Made) -> None:
+    facts = card.facts_of(made())
+    facts["data"]["findings"] = [{"name": "near-duplicate", "severity": "warning", "count": 3}]
+    assert "two splits; 3 pairs of images under different names look alike" in card.text(facts)
+
+
 def test_tables_are_whole(made: Made) -> None:
     text = card.text(card.facts_of(made()))
     blocks = [block for block in text.split("\n\n") if block.lstrip().startswith("| ")]

@@ -8,16 +8,18 @@ Keras, because bundles are written and recalibrated without it.
 from __future__ import annotations
 
 import functools
+import json
 import re
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from pneumoscope import _files
 from pneumoscope.errors import RunError
 from pneumoscope.runs import Run
-from pneumoscope.specs import INDIFFERENT, LABELS, PRETRAINED, RESEARCH_USE, TITLES
+from pneumoscope.specs import INDIFFERENT, LABELS, PRESETS, PRETRAINED, RESEARCH_USE, TITLES, Spec
 
 TODO: Final = "TODO (a person must say)"
 """Stands where no run can know the answer."""
@@ -276,7 +278,9 @@ def text(facts: Mapping[str, Any]) -> str:
         **{key: facts.get(key) for key in _KEYS},
         "data": data,
         "crossing": findings and [one["name"] for one in findings if "-across-" in one["name"]],
+        "alike": findings and sum(one["count"] for one in findings if one["name"] == "near-duplicate"),
         "settings": _settings(facts.get("spec") or {}),
+        "command": _command(data.get("name"), facts.get("spec") or {}),
         "tables": {name: _tables(of) for name, of in (facts.get("models") or {}).items()},
         "todo": TODO,
         "research_use": RESEARCH_USE,
@@ -317,19 +321,32 @@ def _template() -> Any:
 
 def _settings(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every key of the Spec with its value, ``train.epochs`` and so on."""
-    found = []
+    return [
+        (key, ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value))
+        for key, value in _values(spec)
+    ]
+
+
+def _values(spec: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in spec.items():
         if key in _UNSAID:
             continue
         if isinstance(value, Mapping):
-            found += [(f"{key}.{name}", _said(inner)) for name, inner in value.items()]
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:
-            found.append((key, _said(value)))
-    return found
+            yield key, value
 
 
-def _said(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+def _command(data: str | None, spec: Mapping[str, Any]) -> str | None:
+    """Return the command that makes such a run: the preset, and what was set besides."""
+    if data is None or spec.get("preset") not in PRESETS:
+        return None
+    usual = dict(_values(Spec.preset_named(spec["preset"]).model_dump(mode="json")))
+    words = ["pneumoscope", "run", data, "-o", "RUN", "--preset", str(spec["preset"])]
+    for key, value in _values(spec):
+        if key in usual and usual[key] != value:
+            words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
 
 
 def _tables(model: Mapping[str, Any]) -> dict[str, Any]:
