@@ -181,6 +181,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         familiarity=None,
         unfamiliar="Nothing is known of its training images.",
         note=NOTE,
+        metrics={"test": {"n": 30, "operating_points": {"youden": {"sensitivity": 0.8, "specificity": 0.7}}}},
     )
     bundle = Bundle.write(tmp_path / "bundle", network=network(), description=description)
     told = Server()
@@ -417,12 +418,14 @@ def test_a_moved_threshold_changes_calls_and_the_rates_it_had(page: Page, two: l
 
     assert rates() == ("85.0 %", "90.0 %")
     assert "validation split (40 PNEUMONIA, 20 NORMAL)" in page["rates-source"].text
+    assert page["rates-test"].text == "On 30 test images: 80.0 % and 70.0 %."
     assert Select(page["point"]).first_selected_option.text == "youden (0.5), the default"
     assert not page["moved"].is_displayed()
 
     page["threshold-slider"].send_keys(Keys.HOME)
     page.until(lambda: page.calls() == ["PNEUMONIA", "PNEUMONIA"])
     assert rates() == ("100.0 %", "0.0 %")
+    assert page["rates-test"].text == ""
     assert "youden, 0.5" in page["moved"].text
 
     page["threshold-slider"].send_keys(Keys.END)

@@ -408,6 +408,10 @@ function setThreshold(value) {
     at("sensitivity").textContent = percent(sensitivity);
     at("specificity").textContent = percent(specificity);
   }
+  const tests = state.model.metrics?.test;
+  const there = tests?.operating_points?.[at("point").value]; // a threshold of one's own was not tried
+  at("rates-test").textContent = Number.isFinite(there?.sensitivity) && Number.isFinite(there?.specificity)
+    ? `On ${tests.n} test images: ${percent(there.sensitivity)} and ${percent(there.specificity)}.` : "";
   for (const item of state.items) item.stale = true;
   refresh();
 }
