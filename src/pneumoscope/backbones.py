@@ -328,9 +328,7 @@ def _download(url: str, partial: Path, size_bytes: int, progress: Progress | Non
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         resumed = response.status == HTTPStatus.PARTIAL_CONTENT
         done = done if resumed else 0
-        if (
-            response.headers.get_content_type() == "text/html"
-        ):  # a proxy that wants a login says neither no nor how long
+        if response.headers.get_content_type() == "text/html":  # as a proxy sends it that wants a login
             raise ValueError("the answer is a web page, not a file; it may want a login")
         length = response.headers.get("Content-Length")
         if length is not None and done + int(length) < size_bytes:  # some page, as of a proxy that wants a login
