@@ -402,7 +402,7 @@ def test_a_job_that_fails_leaves_the_other_approaches_measured_and_its_reason_on
         assert list(scores[0]) == pytest.approx(list(scores[1]), abs=1e-6), path.name
 
 
-LONG = ["models=cnn", "image.size_px=32", "train.epochs=600", "train.patience=600", "train.plateau_patience=600"]
+LONG = ["models=cnn", "image.size_px=32", "train.epochs=1000", "train.patience=1000", "train.plateau_patience=1000"]
 
 
 def history(folder: Path) -> list[str]:
