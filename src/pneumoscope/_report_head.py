@@ -42,9 +42,7 @@ CHOICE: Final = "validation"
 
 _DIVIDED: Final = {"group": "Divided by patient", "image": "Divided by image, not by patient"}
 
-INTERVALS: Final = (
-    "Small figures: 95 % intervals, by a bootstrap over patients; where that gives none, by formula (DeLong, Wilson)."
-)
+INTERVALS: Final = "Small figures: 95 % intervals, by patient; where there is none, by image (DeLong, Wilson)."
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ def uncertainty(material: Material) -> Section:
             rows.append([Cell(plain(title_of(model)), split), *_both_intervals(whole, material.point(model, split))])
     charts = _drawn(_charts.intervals, bars, title="AUC with 95 % intervals", minimum=None, maximum=1.0)
     head = ["Model", "AUC", "DeLong", "By patient", "Sensitivity", "Wilson", "By patient", "Specificity", "Wilson"]
-    table = Table([*head, "By patient"], rows, "95 % intervals: each image by itself, or by a bootstrap over patients")
+    table = Table([*head, "By patient"], rows, "95 % intervals: each image by itself, or by patient")
     blocks: list[Block] = [*_charts_block(charts), table]
     blocks += [found for split in _shown_splits(material) if (found := _compared(material, split)) is not None]
     compared = any(material.comparisons(split) for split in material.splits)
