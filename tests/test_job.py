@@ -62,6 +62,23 @@ def test_a_program_that_is_not_there_ends_the_job_as_in_a_shell(tmp_path: Path) 
     )
 
 
+ENDED = """
+import signal, sys
+from pneumoscope._job import Command
+try:
+    Command(tuple(sys.argv[1:]), warning="USR2", requeue=True)()
+finally:
+    print(signal.getsignal(signal.SIGUSR2).name)  # what stays in force when Python drops its handlers at the end
+"""
+
+
+@pytest.mark.parametrize("program", ["true", "no-such-program"])
+def test_a_warning_after_the_command_has_ended_does_not_kill_what_is_done(tmp_path: Path, program: str) -> None:
+    environment = os.environ | {"SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "7"}
+    words = [sys.executable, "-c", ENDED, program]
+    assert subprocess.run(words, env=environment, capture_output=True, text=True, check=False).stdout == "SIG_IGN\n"
+
+
 @pytest.mark.parametrize(("status", "passed_on"), [(75, 0), (3, 3), (0, 0)])
 def test_beside_the_first_node_a_stop_is_no_failure_and_nothing_is_noted(
     tmp_path: Path, status: int, passed_on: int

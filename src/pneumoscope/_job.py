@@ -57,7 +57,7 @@ class Command:
             self._child = subprocess.Popen(self.command)
         except OSError as error:
             sys.stderr.write(cannot_start(self.command, error))
-            _leave(CANNOT_START)
+            self._leave(CANNOT_START)
         try:
             self._heed(True)
             # not Popen.wait, whose lock would be held while the warning calls `checkpoint` in the midst of this line
@@ -68,8 +68,8 @@ class Command:
                 sys.stderr.write("Slurm has put the job back into the queue itself.\n")
                 raise SystemExit(STOPPED) from None  # nothing to note: the job has not ended
             sys.stderr.write(f"The command was stopped, but the job does not go back into the queue: {error}\n")
-            _leave(STOPPED)
-        _leave(exit_status(self._child.wait(), told_to_stop=False))
+            self._leave(STOPPED)
+        self._leave(exit_status(self._child.wait(), told_to_stop=False))
 
     def checkpoint(self) -> Any:
         """Stop the command; submitit calls this when the job is warned.
@@ -92,8 +92,20 @@ class Command:
             self._child.terminate()
             status = exit_status(self._child.wait(), told_to_stop=True)
         if status != STOPPED or not self.requeue:
-            _leave(status)
+            self._leave(status)
         return DelayedSubmission(Command(self.command, warning=self.warning, requeue=self.requeue))
+
+    def _leave(self, status: int) -> NoReturn:
+        # Nothing is left to stop. Python drops its handlers before it ends, and a warning would kill what is done.
+        signal.signal(self._number, signal.SIG_IGN)
+        if not _is_first() and status == STOPPED:
+            status = 0  # the first node's process says how the job ends: an exit status here would have srun kill it
+        _note(status)
+        raise SystemExit(status)
+
+    @property
+    def _number(self) -> signal.Signals:
+        return signal.Signals[f"SIG{self.warning}"]
 
     def _heed(self, heeding: bool) -> None:
         """Let the warning through, or hold it back until then.
@@ -101,7 +113,7 @@ class Command:
         Blocking it keeps it from the child only. Here it may reach a thread that does not block it, such as those that
         numpy starts, and Python would still call the handler, in the midst of whatever the main thread is at.
         """
-        number = getattr(signal, f"SIG{self.warning}")
+        number = self._number
         if not heeding:
             signal.pthread_sigmask(signal.SIG_BLOCK, {number})
             self._handler = signal.signal(number, self._hold_back)
@@ -120,13 +132,6 @@ class Command:
 def end_path(submission: Path, job_id: str) -> Path:
     """Return where a job notes its exit status when it ends."""
     return submission / f"{job_id}_end.json"
-
-
-def _leave(status: int) -> NoReturn:
-    if not _is_first() and status == STOPPED:
-        status = 0  # the first node's process says how the job ends: an exit status here would have srun kill it
-    _note(status)
-    raise SystemExit(status)
 
 
 def _note(status: int | None) -> None:
