@@ -306,12 +306,16 @@ def test_what_a_point_achieved_on_test_is_said_beside_what_it_was_chosen_for() -
         return {"sensitivity": value, "specificity": value, "intervals": {}, "group_intervals": dict.fromkeys(
             ("sensitivity", "specificity"), ends)}  # fmt: skip
 
-    at = {"youden": share(0.7, low=0.6, high=0.8), "cost": share(0.1, low=0.0, high=0.2)}
+    at = {"youden": share(0.7, low=0.6, high=0.8) | {"threshold": 0.6}, "cost": share(0.1, low=0.0, high=0.2)}
     known = replace(DESCRIPTION, metrics={"test": {"n": 1_651, "operating_points": at}})
     said = answers.sentences(answers.Summary(*known.point, None, None), known)[1]
     assert said.endswith(
         "(chosen there, which flatters), on 1,651 test images sensitivity 0.700 (0.600 to 0.800) and specificity "
         "0.700 (0.600 to 0.800)."
+    )
+    at["youden"]["threshold"] = 0.5  # as where a site has chosen its own since
+    assert answers.sentences(answers.Summary(*known.point, None, None), known)[1].endswith(
+        "(chosen there, which flatters)."
     )
 
 

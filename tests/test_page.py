@@ -41,6 +41,10 @@ pytestmark = pytest.mark.slow
 SIZE_PX = 32
 NOTE = "Trained on synthetic images."
 POINTS = {"youden": 0.5, "sensitivity-0.95": 0.25}
+TESTED = {
+    "youden": {"threshold": 0.5, "sensitivity": 0.8, "specificity": 0.7},
+    "sensitivity-0.95": {"threshold": 0.2, "sensitivity": 0.9, "specificity": 0.1},  # before the point was chosen anew
+}
 CURVE = Curve(
     split="validation",
     n_positive=40,
@@ -181,7 +185,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         familiarity=None,
         unfamiliar="Nothing is known of its training images.",
         note=NOTE,
-        metrics={"test": {"n": 30, "operating_points": {"youden": {"sensitivity": 0.8, "specificity": 0.7}}}},
+        metrics={"test": {"n": 30, "operating_points": TESTED}},
     )
     bundle = Bundle.write(tmp_path / "bundle", network=network(), description=description)
     told = Server()
@@ -434,6 +438,7 @@ def test_a_moved_threshold_changes_calls_and_the_rates_it_had(page: Page, two: l
 
     Select(page["point"]).select_by_value("sensitivity-0.95")
     assert rates() == ("95.0 %", "65.0 %")
+    assert page["rates-test"].text == ""
     assert page["threshold"].get_attribute("value") == "0.25"
 
     page["point-reset"].click()

@@ -423,7 +423,7 @@ def sentences(summary: Summary, known: Description) -> list[str]:
     if known.curve is not None:
         sensitivity, specificity = known.curve.at(summary.threshold)
         cost = f"; on {known.curve.split} it had sensitivity {sensitivity:.3f} and specificity {specificity:.3f}"
-        cost += f" (chosen there, which flatters){_on_test(known, summary.operating_point)}"
+        cost += f" (chosen there, which flatters){_on_test(known, summary)}"
     said.append(f"Operating point {summary.operating_point}: PNEUMONIA where score > {summary.threshold:.4f}{cost}.")
     doubts: Mapping[str, int] = {
         "not assessable: do not use their scores": summary.not_assessable,
@@ -438,10 +438,12 @@ def sentences(summary: Summary, known: Description) -> list[str]:
     return [*said, known.note] if known.note else said
 
 
-def _on_test(known: Description, point: str) -> str:
-    """Say what a point achieved on the test images, with its intervals, where they are known."""
+def _on_test(known: Description, summary: Summary) -> str:
+    """Say what a point achieved on the test images, where that is known of this very threshold and not one before."""
     of_test = known.metrics.get("test") or {}
-    at = (of_test.get("operating_points") or {}).get(point) or {}
+    at = (of_test.get("operating_points") or {}).get(summary.operating_point) or {}
+    if at.get("threshold") != summary.threshold:  # a site has chosen its own since
+        return ""
     shares = []
     for name in ("sensitivity", "specificity"):
         sure = (at.get("group_intervals") or {}).get(name) or (at.get("intervals") or {}).get(name)

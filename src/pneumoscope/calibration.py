@@ -27,7 +27,7 @@ BINS = 10
 
 TEMPERATURES = (1.0, 100.0)
 """The temperatures between which one is sought. One below 1 would make scores surer; where classes are nearly apart, it
-hangs on the one or two images on the wrong side (0.34 from 458 images doubled the loss of 651 others)."""
+hangs on one or two images (0.34 from 458 images made the loss of 651 others 1.7 times as large)."""
 
 _CLIP = 1e-7  # as Keras clips probabilities in its binary cross-entropy; logits of 0 and 1 stay finite
 _STEPS = 100  # Newton's method needs about 10

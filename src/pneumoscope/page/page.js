@@ -409,8 +409,8 @@ function setThreshold(value) {
     at("specificity").textContent = percent(specificity);
   }
   const tests = state.model.metrics?.test;
-  const there = tests?.operating_points?.[at("point").value]; // a threshold of one's own was not tried
-  at("rates-test").textContent = Number.isFinite(there?.sensitivity) && Number.isFinite(there?.specificity)
+  const there = tests?.operating_points?.[at("point").value]; // of this very threshold, not of one before a site's own
+  at("rates-test").textContent = there?.threshold === value && Number.isFinite(there.sensitivity) && Number.isFinite(there.specificity)
     ? `On ${tests.n} test images: ${percent(there.sensitivity)} and ${percent(there.specificity)}.` : "";
   for (const item of state.items) item.stale = true;
   refresh();
